@@ -1,0 +1,347 @@
+"""An experiment as data: frozen dataclasses, checked when they are made, stored as JSON with the types' names.
+
+Nothing here imports JAX, so that a mistyped flag is answered at once.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any, Literal
+
+from faceembed.preprocess import Preprocess
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the photos come from."""
+
+    source: str = "synthetic"
+    """synthetic | celeba | lfw | folder:PATH (one folder a person)."""
+    data_dir: str | None = None
+    """Where prepared sets are kept; $FACEEMBED_DATA or ~/.cache/faceembed/data when not given."""
+    people: int = 400
+    """Identities drawn by the synthetic source; others ignore it."""
+    photos: int = 12
+    """Photos of each identity drawn by the synthetic source; others ignore it."""
+    margin: float = 1.125
+    """Training crops keep this much more around the square, for augmentation to move within."""
+    memory_gb: float = 4.0
+    """A set whose crops fit into this is decoded once into memory; a larger one is read as it is used."""
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.margin <= 2.0:
+            raise ValueError(f"data.margin is {self.margin}: it enlarges the square, 1 to 2. Try --data.margin 1.125.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """P people × K photos."""
+
+    people: int = 32
+    """P, people a batch, over all devices."""
+    photos: int = 4
+    """K, photos of each; people with fewer give what they have and more people fill the batch."""
+    singletons: float = 0.1
+    """Largest share of the batch given to people with a single photo; they serve as negatives only."""
+
+    def __post_init__(self) -> None:
+        if self.photos < 2:
+            raise ValueError(
+                f"batch.photos is {self.photos}: with one photo a person no anchor has a positive. Try --batch.photos 4."
+            )
+        if self.people < 2:
+            raise ValueError(
+                f"batch.people is {self.people}: with one person no anchor has a negative. Try --batch.people 32."
+            )
+        if not 0 <= self.singletons < 1:
+            raise ValueError(f"batch.singletons is {self.singletons}: it is a share, 0 ≤ share < 1. Try 0.1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvNet:
+    """A small residual network of 3×3 convolutions, for a CPU and 64 px."""
+
+    widths: tuple[int, ...] = (24, 48, 96, 192)
+    """Channels of each stage; every stage halves the resolution."""
+    dim: int = 128
+    """Numbers in an embedding."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MobileFaceNet:
+    """MobileFaceNet (Chen et al. 2018), 1 M parameters, native at 112 px."""
+
+    dim: int = 128
+    """Numbers in an embedding."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IResNet:
+    """ArcFace's improved ResNet (Deng et al. 2019), native at 112 px."""
+
+    depth: Literal[18, 34, 50, 100] = 50
+    """Layers."""
+    dim: int = 512
+    """Numbers in an embedding."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Triplet:
+    """Triplet loss max(d(A,P) - d(A,N) + α, 0) with online mining (Schroff et al. 2015)."""
+
+    margin: float = 0.2
+    """Squared-Euclidean margin α; FaceNet uses 0.2."""
+    miner: Literal["random", "hardest", "semi_hard", "all", "semi_hard_all"] = "semi_hard"
+    """Which triplets of the global batch are used."""
+
+    def __post_init__(self) -> None:
+        if not self.margin > 0:
+            raise ValueError(
+                f"loss.margin is {self.margin}: without a margin one point for every face has zero loss. "
+                "Try --loss.margin 0.2."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrastive:
+    """Siamese contrastive loss over all pairs of the global batch (Hadsell, Chopra & LeCun 2006)."""
+
+    margin: float = 1.0
+    """Impostor pairs closer than this Euclidean distance are pushed apart."""
+
+    def __post_init__(self) -> None:
+        if not self.margin > 0:
+            raise ValueError(f"loss.margin is {self.margin}: no impostor pair is closer. Try --loss.margin 1.0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairLogistic:
+    """Logistic regression on |f(a)-f(b)| over all pairs, trained end to end (Taigman et al. 2014)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGD:
+    """SGD with Nesterov momentum."""
+
+    momentum: float = 0.9
+    """Decay of the velocity."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Step size and what surrounds it, for any optimizer."""
+
+    learning_rate: float = 2e-3
+    """Peak, reached at the end of the warm-up; a cosine takes it to a hundredth of that by the last step."""
+    warmup: int = 200
+    """Steps of linear warm-up."""
+    weight_decay: float = 1e-4
+    """Decoupled; norms, biases and PReLU slopes are spared."""
+    clip_norm: float = 1.0
+    """Gradients longer than this (global L2 norm) are scaled down to it."""
+    ema: float = 0.999
+    """Decay of the moving averages of parameters and batch statistics that evaluation uses; 0 turns them off."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(
+                f"schedule.learning_rate is {self.learning_rate}: nothing would be learned. "
+                "Try --schedule.learning-rate 1e-3."
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"schedule.ema is {self.ema}: a decay lies in 0 ≤ ema < 1. Try --schedule.ema 0.999.")
+        if self.clip_norm <= 0:
+            raise ValueError(
+                f"schedule.clip_norm is {self.clip_norm}: every gradient would vanish. Try --schedule.clip-norm 1."
+            )
+        if self.warmup < 0:
+            raise ValueError(f"schedule.warmup is {self.warmup}: steps cannot be negative. Try --schedule.warmup 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Augmentation on the device, keyed by (seed, step, slot in the batch)."""
+
+    flip: bool = True
+    """Mirror half of the photos."""
+    rotation: float = 10.0
+    """Largest rotation, degrees either way."""
+    scale: float = 0.1
+    """Largest change of size, as a share."""
+    shift: float = 0.05
+    """Largest shift, as a share of the side."""
+    colour: float = 0.3
+    """Strength of brightness, contrast, saturation and channel gain, 0 to 1."""
+    grey: float = 0.15
+    """Share of photos turned grey."""
+    erase: float = 0.3
+    """Share of photos with a rectangle replaced by noise."""
+    degrade: float = 0.2
+    """Share of photos blurred as a smaller one enlarged would be."""
+
+    def __post_init__(self) -> None:
+        for name in ("grey", "erase", "degrade"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise ValueError(f"augment.{name} is {share}: it is a share of photos, 0 to 1. Try --augment.{name} 0.2.")
+        for name, top in (("rotation", 180.0), ("scale", 0.9), ("shift", 1.0), ("colour", 1.0)):
+            if not 0 <= getattr(self, name) <= top:
+                raise ValueError(
+                    f"augment.{name} is {getattr(self, name)}: allowed are 0 (off) to {top:g}. Try --augment.{name} 0."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When to save, to evaluate and to log, in steps."""
+
+    every: int = 500
+    """Save and evaluate on select people."""
+    log: int = 50
+    """Write metrics; the host waits for the device only then."""
+    keep_best: int = 1
+    """Best steps kept beside the latest."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "log", "keep_best"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"checkpoint.{name} is {getattr(self, name)}: it counts from 1. Try --checkpoint.{flag} 100."
+                )
+
+
+Encoder = ConvNet | MobileFaceNet | IResNet
+Loss = Triplet | Contrastive | PairLogistic
+Optimizer = AdamW | SGD
+
+# `--encoder NAME`, `--loss NAME`, `--optimizer NAME` put another member into the union.
+CHOICES: dict[str, dict[str, Any]] = {
+    "encoder": {
+        "convnet": ConvNet(),
+        "mobilefacenet": MobileFaceNet(),
+        **{f"iresnet{depth}": IResNet(depth=typing.cast(Any, depth)) for depth in (18, 34, 50, 100)},
+    },
+    "loss": {"triplet": Triplet(), "contrastive": Contrastive(), "pair_logistic": PairLogistic()},
+    "optimizer": {"adamw": AdamW(), "sgd": SGD()},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that decides what is trained; two equal experiments train the same network."""
+
+    steps: int = 1000
+    """Updates in all."""
+    seed: int = 0
+    """Every random number follows from it."""
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the encoder's computation; parameters and losses stay float32 under bfloat16. float64 is for comparisons."""
+    data: Data = Data()
+    preprocess: Preprocess = Preprocess()
+    encoder: Encoder = ConvNet()
+    batch: Batch = Batch()
+    loss: Loss = Triplet()
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule = Schedule()
+    augment: Augment = Augment()
+    checkpoint: Checkpoint = Checkpoint()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}: nothing would be trained. Try --steps 1000.")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed is {self.seed}: expected 0 to 2147483647. Try --seed 0.")
+
+
+def encoder_name(encoder: Encoder) -> str:
+    """The name in `faceembed.encoders.ENCODERS` of a configured encoder."""
+    match encoder:
+        case ConvNet():
+            return "convnet"
+        case MobileFaceNet():
+            return "mobilefacenet"
+        case IResNet():
+            return f"iresnet{encoder.depth}"
+
+
+_TYPES = {
+    cls.__name__: cls
+    for cls in (
+        Experiment, Data, Preprocess, Batch, ConvNet, MobileFaceNet, IResNet, Triplet, Contrastive, PairLogistic,
+        AdamW, SGD, Schedule, Augment, Checkpoint,
+    )
+}  # fmt: skip
+
+
+def to_json(value: Any) -> str:
+    """A config dataclass as JSON; every object carries its type's name, so unions read back as what they were."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return {"type": type(value).__name__, **fields}
+        return value
+
+    return json.dumps(plain(value), indent=1) + "\n"
+
+
+def from_json(text: str) -> Any:
+    """Reads what `to_json` wrote.
+
+    Raises:
+      ValueError: if the text is no JSON, names a type or field this version does not have, or holds a bad value.
+    """
+
+    def build(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(build(item) for item in value)
+        if not isinstance(value, dict):
+            return value
+        name = value.get("type")
+        cls = _TYPES.get(name) if isinstance(name, str) else None
+        if cls is None:
+            raise ValueError(f"config has an object of type {name!r}; this version knows {', '.join(sorted(_TYPES))}.")
+        hints = typing.get_type_hints(cls)
+        fields = {key: build(item) for key, item in value.items() if key != "type"}
+        for key, item in fields.items():
+            if key not in hints:
+                near = difflib.get_close_matches(key, hints, 1)
+                hint = f"; did a newer version write it, or is {near[0]!r} meant?" if near else "; a newer version may."
+                raise ValueError(f"config: {name} has no field {key!r}{hint}")
+            if not _fits(item, hints[key]):
+                raise ValueError(f"config: {name}.{key} is {item!r}, expected {hints[key]}.")
+        return cls(**fields)
+
+    try:
+        return build(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config is not JSON: {error}. Was the file cut off?") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is of an annotated type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

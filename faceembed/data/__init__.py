@@ -1,0 +1,1 @@
+"""Photographs of people: sources, splits, the P×K plan, decoding, verification lists."""

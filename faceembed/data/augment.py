@@ -1,0 +1,139 @@
+"""Augmentation on the device: pure, and keyed by (seed, step, slot), so that any topology draws the same."""
+
+import jax
+import jax.numpy as jnp
+
+
+def slot_keys(seed: int, step: jax.Array, slot: jax.Array) -> jax.Array:
+    """One key for each slot of a global batch.
+
+    Args:
+      seed: of the run.
+      step: int32 [], the update being made.
+      slot: int32 [b], place in the GLOBAL batch of each photo on this device.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, slot)
+
+
+def augment(
+    keys: jax.Array,
+    images: jax.Array,
+    *,
+    size: int,
+    flip: bool = True,
+    rotation: float = 0.0,
+    scale: float = 0.0,
+    shift: float = 0.0,
+    colour: float = 0.0,
+    grey: float = 0.0,
+    erase: float = 0.0,
+    degrade: float = 0.0,
+) -> jax.Array:
+    """Draws one augmented view of each photo.
+
+    Args:
+      keys: [b] keys, one a photo; see `slot_keys`.
+      images: uint8 RGB [b, s, s, 3], s ≥ size; what exceeds `size` is room to move in.
+      size: side of the result, in pixels.
+      flip: mirror half of the photos.
+      rotation: largest rotation, degrees either way.
+      scale: largest relative change of size either way.
+      shift: largest shift either way, as a share of `size`.
+      colour: strength of brightness, contrast, saturation and channel-gain jitter, 0 to 1.
+      grey: share of photos turned grey.
+      erase: share of photos with a rectangle (2-20 % of the area) replaced by noise (Zhong et al. 2020).
+      degrade: share of photos blurred with a Gaussian of 0.5-2 px at size 64.
+
+    Returns:
+      float32 [b, size, size, 3] in 0-255. With everything off: the central crop.
+    """
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        warp_key, colour_key, grey_key, erase_key, degrade_key = jax.random.split(key, 5)
+        view = _warp(warp_key, image.astype(jnp.float32), size, flip, rotation, scale, shift)
+        if degrade:
+            view = _degrade(degrade_key, view, degrade)
+        if colour:
+            view = _colour(colour_key, view, colour)
+        if grey:
+            luma = view @ jnp.array([0.299, 0.587, 0.114], jnp.float32)
+            view = jnp.where(_uniform(grey_key) < grey, luma[..., None], view)
+        if erase:
+            view = _erase(erase_key, view, erase)
+        return jnp.clip(view, 0, 255)
+
+    return jax.vmap(one)(keys, images)
+
+
+def centre(images: jax.Array, size: int) -> jax.Array:
+    """The central size × size pixels of [b, s, s, 3]: what evaluation sees of a training crop."""
+    offset = (images.shape[1] - size) // 2
+    return images[:, offset : offset + size, offset : offset + size]
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...] = (), low: float = 0.0, high: float = 1.0) -> jax.Array:
+    # The dtype is named, or the draws would differ when 64-bit numbers are switched on.
+    return jax.random.uniform(key, shape, jnp.float32, low, high)
+
+
+def _warp(key: jax.Array, image: jax.Array, size: int, flip: bool, rotation: float, scale: float, shift: float):
+    """Rotation, scale, shift and mirror in one bilinear reading; outside the crop its edge repeats."""
+    flip_key, rotation_key, scale_key, shift_key = jax.random.split(key, 4)
+    angle = _uniform(rotation_key, (), -rotation, rotation) * (jnp.pi / 180)
+    zoom = jnp.exp(_uniform(scale_key, (), -1.0, 1.0) * jnp.log1p(jnp.float32(scale)))
+    move = _uniform(shift_key, (2,), -shift, shift) * size
+    mirror = jnp.where(_uniform(flip_key) < 0.5, -1.0, 1.0) if flip else jnp.float32(1.0)
+
+    middle = jnp.float32((image.shape[0] - 1) / 2)
+    axis = jnp.arange(size, dtype=jnp.float32) - (size - 1) / 2
+    y, x = axis[:, None], axis[None, :] * mirror
+    cos, sin = jnp.cos(angle) * zoom, jnp.sin(angle) * zoom
+    last = image.shape[0] - 1
+    source_y = jnp.clip(middle + move[0] + sin * x + cos * y, 0, last)
+    source_x = jnp.clip(middle + move[1] + cos * x - sin * y, 0, last)
+    top, left = jnp.floor(source_y).astype(jnp.int32), jnp.floor(source_x).astype(jnp.int32)
+    bottom, right = jnp.minimum(top + 1, last), jnp.minimum(left + 1, last)
+    down, along = (source_y - top)[..., None], (source_x - left)[..., None]
+    upper = image[top, left] * (1 - along) + image[top, right] * along
+    lower = image[bottom, left] * (1 - along) + image[bottom, right] * along
+    return upper * (1 - down) + lower * down
+
+
+def _colour(key: jax.Array, view: jax.Array, strength: float) -> jax.Array:
+    brightness_key, contrast_key, saturation_key, gain_key = jax.random.split(key, 4)
+    low, high = 1 - 0.7 * strength, 1 + 0.7 * strength
+    view = view * _uniform(brightness_key, (), low, high)
+    mean = view.mean()
+    view = mean + (view - mean) * _uniform(contrast_key, (), low, high)
+    luma = view.mean(-1, keepdims=True)
+    view = luma + (view - luma) * _uniform(saturation_key, (), 1 - strength, 1 + strength)
+    return view * _uniform(gain_key, (3,), 1 - 0.3 * strength, 1 + 0.3 * strength)
+
+
+def _erase(key: jax.Array, view: jax.Array, share: float) -> jax.Array:
+    on_key, area_key, aspect_key, place_key, noise_key = jax.random.split(key, 5)
+    size = view.shape[0]
+    area = _uniform(area_key, (), 0.02, 0.2)
+    aspect = jnp.exp(_uniform(aspect_key, (), -1.0, 1.0) * jnp.log(jnp.float32(3)))
+    half = jnp.sqrt(area * jnp.stack([aspect, 1 / aspect])) * size / 2
+    middle = _uniform(place_key, (2,)) * size
+    axis = jnp.arange(size, dtype=jnp.float32) + 0.5
+    inside = (jnp.abs(axis - middle[0]) < half[0])[:, None] & (jnp.abs(axis - middle[1]) < half[1])[None, :]
+    inside &= _uniform(on_key) < share
+    # One coarse draw enlarged: per-pixel noise would cost more than the rest of the augmentation together.
+    noise = _uniform(noise_key, (8, 8, 3), 0.0, 255.0)
+    cell = jnp.arange(size) * 8 // size
+    return jnp.where(inside[..., None], noise[cell][:, cell], view)
+
+
+def _degrade(key: jax.Array, view: jax.Array, share: float) -> jax.Array:
+    on_key, sigma_key = jax.random.split(key)
+    size = view.shape[0]
+    sigma = _uniform(sigma_key, (), 0.5, 2.0) * size / 64
+    axis = jnp.arange(size, dtype=jnp.float32)
+    kernel = jnp.exp(-0.5 * ((axis[:, None] - axis[None, :]) / sigma) ** 2)
+    kernel /= kernel.sum(1, keepdims=True)
+    # A separable blur as two small matrix products: cheaper on every back end than a convolution per photo.
+    kernel = jnp.where(_uniform(on_key) < share, kernel, jnp.eye(size, dtype=jnp.float32))
+    return jnp.einsum("yh,hwc,xw->yxc", kernel, view, kernel)

@@ -1,0 +1,525 @@
+"""Photographs from archives into array_record, once, by TFDS builders that need no TensorFlow.
+
+    DATA_DIR/celeba/1.0.0/celeba-all.array_record-00000-of-00001 …   what TFDS reads
+    DATA_DIR/celeba/index.npz       keys, identity, people, and the record of each photo
+    DATA_DIR/celeba/index.json      version, square, and the hash of the contents
+    DATA_DIR/celeba/problems.json   everything that was left out, or kept though odd
+
+A set is built beside its place and moved there when it is complete.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from faceembed.data import sources
+from faceembed.data.sources import Problem
+
+VERSION = "1.0.0"
+
+# The square that matches CelebA's and LFW's framing of a face: chin to forehead, a little hair.
+CELEBA_FRAMES = {
+    (89, 109): {"x": 44.5, "y": 62.0, "side": 64.0},
+    (178, 218): {"x": 89.0, "y": 124.0, "side": 128.0},
+}
+"""(width, height) of CelebA's aligned photos, at half size and full → the square in them, pixels."""
+LFW_SQUARE = {"x": 125.0, "y": 127.0, "side": 141.0}
+"""The square in LFW's deep-funneled photos of 250 × 250 px."""
+
+LFW_URL = "http://vis-www.cs.umass.edu/lfw/"
+LFW_ARCHIVE = "lfw-deepfunneled.tgz"
+LFW_LISTS = ("pairsDevTrain.txt", "pairsDevTest.txt", "peopleDevTrain.txt", "peopleDevTest.txt")
+"""View 1, fetched with the archive. View 2 (pairs.txt) is for the final figure, and copied only where it is given."""
+LFW_OPTIONAL = ("pairs.txt", "people.txt")
+
+
+def prepare(
+    name: str,
+    *,
+    archives: Sequence[Path | str] = (),
+    identities: Path | str | None = None,
+    pairs_dir: Path | str | None = None,
+    data_dir: Path | str | None = None,
+    align: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Builds a set.
+
+    Args:
+      name: "celeba" or "lfw".
+      archives: tar, tar.gz, zip, or folders they were unpacked into. "lfw" downloads its own when none is given.
+      identities: "celeba" alone: identity_CelebA.txt, an image name and a number a line.
+      pairs_dir: "lfw" alone: where the pairs and people lists are, if not beside the archive.
+      data_dir: where prepared sets are kept; None is `sources.default_data_dir()`.
+      align: bring photos that are not in CelebA's frame into it, with a face detector; those without a face are left
+        out and reported.
+      overwrite: replace a set that is there.
+      progress: show a bar.
+
+    Returns:
+      {"name", "folder", "people", "photos", "problems": list of {"path", "reason"}, "bytes", "seconds"}.
+
+    Raises:
+      ValueError, FileNotFoundError, FileExistsError: saying what to type instead. Nothing is left behind.
+    """
+    began = time.monotonic()
+    if name not in BUILDERS:
+        raise ValueError(f"there is nothing to prepare for {name!r}: choose from {', '.join(BUILDERS)}.")
+    data_dir = (sources.default_data_dir() if data_dir is None else Path(data_dir)).expanduser()
+    target = data_dir / name
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{name} is prepared already in {target}. To build it anew, add --overwrite.")
+    paths = [Path(archive).expanduser() for archive in archives]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"archive {path} does not exist. Check --archive.")
+
+    lists: list[Path] = []
+    problems: list[Problem] = []
+    if name == "lfw":
+        if identities is not None or align:
+            raise ValueError("lfw names people by folder and is aligned already: leave out --identities and --align.")
+        paths = paths or [download(LFW_URL + LFW_ARCHIVE, data_dir / "downloads", "--archive", progress=progress)]
+        if len(paths) != 1:
+            raise ValueError(f"lfw is one archive, got {len(paths)}: give one --archive.")
+        lists = _lfw_lists(paths[0], pairs_dir, data_dir, downloaded=not archives, progress=progress)
+        photos = _lfw_photos(paths[0], problems, progress)
+        square = LFW_SQUARE
+    else:
+        if not paths:
+            raise ValueError(
+                "celeba needs its archive, which its terms do not let a program fetch: get img_align_celeba.zip and "
+                "identity_CelebA.txt from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, then add "
+                "--archive img_align_celeba.zip --identities identity_CelebA.txt."
+            )
+        if identities is None:
+            raise ValueError("celeba needs the people's numbers: add --identities identity_CelebA.txt.")
+        if pairs_dir is not None:
+            raise ValueError("celeba has no pairs lists: leave out --pairs-dir; --pairs heldout:celeba needs none.")
+        number_of = read_identities(Path(identities).expanduser())
+        aligned, loose, frame = _sort_archives(paths, align)
+        photos = _celeba_photos(aligned, loose, frame, number_of, problems, progress)
+        square = CELEBA_FRAMES[frame]
+
+    data_dir.mkdir(parents=True, exist_ok=True)
+    workshop = data_dir / f".{name}.{os.getpid()}.part"
+    try:
+        gathered = _Gathered(photos)
+        builder = BUILDERS[name](photos=gathered, data_dir=workshop, version=VERSION)
+        with _quiet_tfds():
+            builder.download_and_prepare(
+                file_format="array_record",
+                download_config=tfds.download.DownloadConfig(compute_stats="skip", try_download_gcs=False),
+            )
+        built = workshop / name
+        _write_index(built, gathered, problems, square, name)
+        for path in lists:
+            shutil.copyfile(path, built / path.name)
+        if target.exists():
+            target.rename(workshop / "replaced")
+        built.rename(target)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    return {
+        "name": name,
+        "folder": str(target),
+        "people": len(set(gathered.owners)),
+        "photos": len(gathered.keys),
+        "problems": [{"path": problem.path, "reason": problem.reason} for problem in problems],
+        "bytes": sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def read_identities(path: Path) -> dict[str, str]:
+    """identity_CelebA.txt: image name without its ending → the person's number as text.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the line that is not "000001.jpg 2880".
+    """
+    number_of = {}
+    for line_number, line in enumerate(path.read_text().splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) != 2 or not words[1].isdigit():
+            raise ValueError(f"{path}, line {line_number}: {line!r} is not an image name and a number, like 000001.jpg 2880.")
+        number_of[PurePosixPath(words[0]).stem] = str(int(words[1]))
+    if not number_of:
+        raise ValueError(f"{path} is empty: expected lines like 000001.jpg 2880.")
+    return number_of
+
+
+def download(url: str, folder: Path, flag: str, *, progress: bool = True) -> Path:
+    """Fetches a file unless it is in the folder already, and prints its size and SHA-256.
+
+    Raises:
+      ConnectionError: saying how to go on offline: `flag` FILE.
+    """
+    name = url.rsplit("/", 1)[1]
+    target = folder / name
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{name}.{os.getpid()}.part"
+    digest, size = hashlib.sha256(), 0
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as file:
+            expected = int(response.headers.get("Content-Length") or 0)
+            chunks = iter(lambda: response.read(1 << 20), b"")
+            for chunk in sources.progress_bar(chunks, expected >> 20, name, shown=progress):
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+        if expected and size != expected:
+            raise ConnectionError(f"the connection ended after {size} of {expected} bytes")
+        part.replace(target)
+    except (OSError, urllib.error.URLError) as error:
+        raise ConnectionError(
+            f"{url} could not be fetched ({error}). Get {name} another way and add {flag} "
+            f"{name if flag == '--archive' else 'FOLDER'}, or try again."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"{target}: {size:,} bytes, sha256 {digest.hexdigest()}", file=sys.stderr)
+    return target
+
+
+# ---- TFDS ------------------------------------------------------------------------------------------------------------
+
+
+class _Gathered:
+    """Photos on their way into a set; keeps what the index needs once they have passed."""
+
+    def __init__(self, photos: Iterable[tuple[str, str, bytes]]):
+        self._photos = photos
+        self.keys: list[str] = []
+        self.owners: list[str] = []
+        self.hashes: list[str] = []
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for key, person, data in self._photos:
+            self.keys.append(key)
+            self.owners.append(person)
+            self.hashes.append(hashlib.sha256(data).hexdigest())
+            yield key, {"image": data, "key": key, "person": person}
+        if not self.keys:
+            raise ValueError("the archives hold no photo that can be used. Check --archive.")
+
+
+def _dataset_info(builder: tfds.core.DatasetBuilder, description: str, homepage: str) -> tfds.core.DatasetInfo:
+    # Encoded bytes pass through `Image` untouched; an array would need TensorFlow.
+    features = {"image": tfds.features.Image(shape=(None, None, 3)), "key": tfds.features.Text(), "person": tfds.features.Text()}
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=description,
+        features=tfds.features.FeaturesDict(features),
+        homepage=homepage,
+    )
+
+
+class CelebA(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Aligned photos of people who are numbers."""
+
+    name = "celeba"
+    VERSION = tfds.core.Version(VERSION)
+
+    def __init__(self, *, photos: Iterable[tuple[str, dict[str, Any]]] = (), **kwargs: Any):
+        self._photos = photos
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _dataset_info(
+            self, "CelebA (Liu et al. 2015), aligned.", "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"all": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield from self._photos
+
+
+class LFW(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Deep-funneled photos of people who are names."""
+
+    name = "lfw"
+    VERSION = tfds.core.Version(VERSION)
+
+    def __init__(self, *, photos: Iterable[tuple[str, dict[str, Any]]] = (), **kwargs: Any):
+        self._photos = photos
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _dataset_info(self, "Labeled Faces in the Wild (Huang et al. 2007), deep-funneled.", LFW_URL)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"all": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield from self._photos
+
+
+BUILDERS = {"celeba": CelebA, "lfw": LFW}
+
+
+def _write_index(built: Path, gathered: _Gathered, problems: list[Problem], square: dict[str, float], name: str) -> None:
+    """Adds index.npz, index.json and problems.json; TFDS shuffles records, so their keys are read back."""
+    order, keys, identity, people = sources.arrange(gathered.keys, gathered.owners)
+    records = tfds.builder_from_directory(built / VERSION).as_data_source(
+        split="all", decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    record_of = {record["key"].decode(): number for number, record in enumerate(records)}
+    problems += sources.lonely(identity, people, f"{name}/")
+    with (built / "index.npz").open("wb") as file:
+        np.savez(
+            file, keys=keys, identity=identity, people=people, record=np.array([record_of[key] for key in keys], np.int64)
+        )
+    content = hashlib.sha256("".join(gathered.hashes[index] for index in order).encode()).hexdigest()
+    about = {"version": VERSION, "square": square, "content": content}
+    (built / "index.json").write_text(json.dumps(about, indent=1) + "\n")
+    told = [{"path": problem.path, "reason": problem.reason} for problem in problems]
+    (built / "problems.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+# ---- archives --------------------------------------------------------------------------------------------------------
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes | None]]:
+    """(name, content) of each file, (name, None) of each folder, in an archive or an unpacked one.
+
+    Raises:
+      ValueError: if it is no archive, or one that ends early.
+    """
+    count = 0
+    try:
+        if path.is_dir():
+            for entry in sorted(path.rglob("*")):
+                yield entry.relative_to(path).as_posix(), None if entry.is_dir() else entry.read_bytes()
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for info in archive.infolist():
+                    yield info.filename.rstrip("/"), None if info.is_dir() else archive.read(info)
+                    count += 1
+        else:
+            with tarfile.open(path, "r|*") as archive:
+                for member in archive:
+                    if member.isdir():
+                        yield member.name, None
+                    elif member.isfile():
+                        file = archive.extractfile(member)
+                        assert file is not None
+                        yield member.name, file.read()
+                    count += 1
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        what = "ends early or is damaged" if count else "is no tar, tar.gz or zip archive"
+        raise ValueError(f"{path} {what} after {count} members ({error}). Get it again, and check its size.") from error
+
+
+def _images(path: Path, problems: list[Problem]) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each image by its name; the rest, and folders without any, are reported."""
+    folders: dict[str, bool] = {}
+    for name, data in _members(path):
+        pure = PurePosixPath(name)
+        if any(part.startswith(".") or part == "__MACOSX" for part in pure.parts if part != "."):
+            continue
+        if data is None:
+            folders.setdefault(str(pure), False)
+            continue
+        if pure.suffix.lower() not in sources.IMAGE_SUFFIXES:
+            problems.append(Problem(path=f"{path}:{name}", reason="not an image by its name: left out"))
+            continue
+        for parent in pure.parents:
+            folders[str(parent)] = True
+        yield name, data
+    for folder, used in folders.items():
+        if not used:
+            problems.append(Problem(path=f"{path}:{folder}", reason="empty folder: no photo of this person"))
+
+
+def _counted(paths: Sequence[Path], progress: bool) -> Any:
+    """A progress bar over the images of archives, with a total where that is cheap to know."""
+    total = 0
+    for path in paths:
+        if path.is_file() and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                total += len(archive.namelist())
+        elif path.is_file() and tarfile.is_tarfile(path) and path.suffix == ".tar":
+            with tarfile.open(path) as archive:
+                total += len(archive.getmembers())
+    return sources.progress_bar(None, total or None, "preparing", shown=progress)
+
+
+# ---- CelebA ----------------------------------------------------------------------------------------------------------
+
+
+def _sort_archives(paths: Sequence[Path], align: bool) -> tuple[list[Path], list[Path], tuple[int, int]]:
+    """Aligned archives, others, and the frame (width, height) of the set: by the first image of each."""
+    aligned, loose, frames = [], [], []
+    for path in paths:
+        size = None
+        for _, data in _images(path, []):
+            try:
+                size = sources.decode(data).shape[1::-1]
+            except ValueError:
+                continue
+            break
+        if size is None:
+            raise ValueError(f"{path} holds no image that decodes. Check --archive.")
+        if size in CELEBA_FRAMES:
+            aligned.append(path)
+            frames.append(size)
+        elif align:
+            loose.append(path)
+        else:
+            expected = " or ".join(f"{width}×{height}" for width, height in CELEBA_FRAMES)
+            raise ValueError(
+                f"{path} holds photos of {size[0]}×{size[1]} px, so they are not CelebA's aligned ones ({expected}). "
+                "To find the faces and align them, add --align; else leave the archive out."
+            )
+    return aligned, loose, max(frames, default=(89, 109))
+
+
+def _celeba_photos(
+    aligned: list[Path],
+    loose: list[Path],
+    frame: tuple[int, int],
+    number_of: dict[str, str],
+    problems: list[Problem],
+    progress: bool,
+) -> Iterator[tuple[str, str, bytes]]:
+    """(key, person, encoded image) of every usable photo; aligned archives first, so that theirs is kept of two."""
+    if loose:
+        from faceembed.data import align
+    named: dict[str, str] = {}
+    contents: dict[str, tuple[str, str]] = {}
+    bar = _counted([*aligned, *loose], progress)
+    for path in [*aligned, *loose]:
+        for name, data in _images(path, problems):
+            bar.update()
+            where, pure = f"{path}:{name}", PurePosixPath(name)
+            person = number_of.get(pure.stem)
+            folder = pure.parent.name
+            if person is None:
+                problems.append(Problem(path=where, reason="no identity: left out, the identity file does not name it"))
+                continue
+            if folder.isdigit() and str(int(folder)) != person:
+                reason = f"identities disagree: left out, the folder says {folder} and the identity file {person}"
+                problems.append(Problem(path=where, reason=reason))
+                continue
+            if pure.stem in named:
+                problems.append(Problem(path=where, reason=f"duplicate name: left out, {named[pure.stem]} is kept"))
+                continue
+            content = hashlib.sha256(data).hexdigest()
+            other = contents.get(content)
+            if other and other[1] == person:
+                problems.append(Problem(path=where, reason=f"duplicate content: left out, the same as {other[0]}"))
+                continue
+            try:
+                photo = sources.decode(data)
+            except ValueError as error:
+                problems.append(Problem(path=where, reason=f"corrupt image: left out ({error})"))
+                continue
+            if path in loose:
+                found = align.align_to_celeba(photo)
+                if found is None:
+                    problems.append(Problem(path=where, reason="no face found: left out, it cannot be aligned"))
+                    continue
+                photo, data = found, b""
+            if photo.shape[1::-1] not in CELEBA_FRAMES:
+                size = f"{photo.shape[1]}×{photo.shape[0]}"
+                problems.append(Problem(path=where, reason=f"odd size: left out, {size} in an aligned archive"))
+                continue
+            if photo.shape[1::-1] != frame or not data:
+                data = _jpeg(photo, frame)
+            if other:
+                problems.append(Problem(path=where, reason=f"two people's photo: kept as both, the same as {other[0]}"))
+            named[pure.stem] = where
+            contents.setdefault(content, (where, person))
+            yield f"{person}/{pure.stem}", person, data
+    bar.close()
+
+
+def _jpeg(photo: np.ndarray, size: tuple[int, int]) -> bytes:
+    """uint8 RGB [h, w, 3] → JPEG of (width, height)."""
+    image = Image.fromarray(photo)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+# ---- LFW -------------------------------------------------------------------------------------------------------------
+
+
+def _lfw_photos(path: Path, problems: list[Problem], progress: bool) -> Iterator[tuple[str, str, bytes]]:
+    """(key, person, encoded image); copies are kept, because the official lists name them, and reported."""
+    keys: dict[str, str] = {}
+    contents: dict[str, str] = {}
+    bar = _counted([path], progress)
+    for name, data in _images(path, problems):
+        bar.update()
+        where, pure = f"{path}:{name}", PurePosixPath(name)
+        person = pure.parent.name
+        key = f"{person}/{pure.stem}"
+        if not person:
+            problems.append(Problem(path=where, reason="no person: left out, it lies in no folder"))
+            continue
+        if key in keys:
+            problems.append(Problem(path=where, reason=f"duplicate name: left out, {keys[key]} is kept"))
+            continue
+        try:
+            photo = sources.decode(data)
+        except ValueError as error:
+            problems.append(Problem(path=where, reason=f"corrupt image: left out ({error})"))
+            continue
+        if photo.shape != (250, 250, 3):
+            size = f"{photo.shape[1]}×{photo.shape[0]}"
+            problems.append(Problem(path=where, reason=f"odd size: left out, {size} where LFW has 250×250"))
+            continue
+        content = hashlib.sha256(data).hexdigest()
+        if content in contents:
+            other = contents[content]
+            kind = "duplicate content" if other.split("/")[0] == person else "two people's photo"
+            problems.append(Problem(path=where, reason=f"{kind}: kept, the official lists name both it and {other}"))
+        keys[key] = where
+        contents.setdefault(content, key)
+        yield key, person, data
+    bar.close()
+
+
+def _lfw_lists(
+    archive: Path, pairs_dir: Path | str | None, data_dir: Path, *, downloaded: bool, progress: bool
+) -> list[Path]:
+    """The pairs and people lists: given, or beside the archive, or fetched with it."""
+    folder = archive.parent if pairs_dir is None else Path(pairs_dir).expanduser()
+    if downloaded and pairs_dir is None:
+        for name in LFW_LISTS:
+            download(LFW_URL + name, data_dir / "downloads", "--pairs-dir", progress=progress)
+    found = [folder / name for name in (*LFW_LISTS, *LFW_OPTIONAL) if (folder / name).is_file()]
+    if pairs_dir is not None and not found:
+        raise FileNotFoundError(f"none of {', '.join((*LFW_LISTS, *LFW_OPTIONAL))} is in {folder}. Check --pairs-dir.")
+    return found
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Our one bar instead of several of TFDS's."""
+    shown = tqdm_utils_enabled()

@@ -1,0 +1,389 @@
+"""Where photos come from: every source gives the same `Photos`.
+
+    celeba | lfw      prepared once by `launch.py data prepare NAME`, read from array_record
+    folder:PATH       one folder a person, any image Pillow reads
+    synthetic         procedural identities, rendered when first read
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from faceembed.preprocess import Square
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+"""Files with these endings are photos; others in a folder of photos are reported."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something met while photos were gathered, and how it was dealt with."""
+
+    path: str
+    """File, folder or member of an archive (ARCHIVE:MEMBER)."""
+    reason: str
+    """What it is, and after a colon, what was done about it; problems of one kind are equal up to the colon."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Photos:
+    """Photos of people, sorted by person and key."""
+
+    source: str
+    """As given to `open_source`, such as "celeba" or "folder:/photos"."""
+    keys: np.ndarray
+    """[n] str, unique: "Aaron_Eckhart/Aaron_Eckhart_0001"."""
+    identity: np.ndarray
+    """[n] int32, index into `people`, ascending."""
+    people: np.ndarray
+    """[m] str, sorted, unique."""
+    read: Callable[[int], np.ndarray]
+    """Index of a photo → uint8 RGB [h, w, 3]. Pure; may be called from many threads."""
+    square: Square | None
+    """Where the face is, in every photo; None is the largest centred square."""
+    problems: tuple[Problem, ...]
+    """Everything that was left out, or kept though odd."""
+    fingerprint: str
+    """SHA-256 of keys, people and contents (of the options for a rendered source)."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def open_source(source: str, *, data_dir: Path | str | None = None, **options: Any) -> Photos:
+    """Opens a source of photos.
+
+    Args:
+      source: "celeba", "lfw", "synthetic" or "folder:PATH".
+      data_dir: where prepared sets are kept; None is `default_data_dir()`.
+      **options: of "synthetic" alone: people, photos (of each), seed, size (pixels).
+
+    Raises:
+      ValueError: if there is no such source, or it takes no such options, or a folder has no photos.
+      FileNotFoundError: if the set is not prepared yet, or the folder is not there.
+    """
+    name, colon, path = source.partition(":")
+    form = f"{name}:PATH" if f"{name}:PATH" in SOURCES else name
+    if form not in SOURCES or bool(colon) != form.endswith(":PATH") or (colon and not path):
+        raise ValueError(f"source {source!r} is not one of {', '.join(SOURCES)}. Try --data.source synthetic.")
+    if options and form != "synthetic":
+        raise ValueError(f"source {source!r} takes no options, got {', '.join(sorted(options))}.")
+    directory = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    return SOURCES[form](source, directory, **options)
+
+
+def select(photos: Photos, mask: np.ndarray) -> Photos:
+    """Only some photos; people without any are dropped and the others numbered anew.
+
+    Args:
+      photos: any.
+      mask: [n] bool, which to keep.
+    """
+    mask = np.asarray(mask)
+    if mask.shape != photos.keys.shape or mask.dtype != bool:
+        raise ValueError(f"mask is {mask.dtype} {mask.shape}: expected bool [{len(photos)}], one for each photo.")
+    kept = np.flatnonzero(mask)
+    people, identity = np.unique(photos.identity[kept], return_inverse=True)
+    read = photos.read
+    names = photos.people[people]
+    return dataclasses.replace(
+        photos,
+        keys=photos.keys[kept],
+        identity=identity.astype(np.int32),
+        people=names,
+        read=lambda index: read(int(kept[index])),
+        fingerprint=fingerprint_of(photos.keys[kept], names, photos.fingerprint),
+    )
+
+
+def default_data_dir() -> Path:
+    """Where prepared sets are kept unless told: $FACEEMBED_DATA, else ~/.cache/faceembed/data."""
+    return Path(os.environ.get("FACEEMBED_DATA") or "~/.cache/faceembed/data").expanduser()
+
+
+def decode(data: bytes) -> np.ndarray:
+    """An encoded image as uint8 RGB [h, w, 3], turned upright as its EXIF orientation says.
+
+    Raises:
+      ValueError: if the bytes are no image, or one that is corrupt or cut off.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    # Pillow's decoders raise all of these on damaged files.
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, ArithmeticError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def fingerprint_of(keys: np.ndarray, people: np.ndarray, content: str) -> str:
+    """SHA-256 hex digest of keys [n], people [m] and whatever pins the contents."""
+    digest = hashlib.sha256()
+    for part in ([content], keys, people):
+        for text in part:
+            digest.update(str(text).encode() + b"\0")
+        digest.update(b"\1")
+    return digest.hexdigest()
+
+
+def arrange(keys: Sequence[str], owners: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Sorts photos by person and key, and numbers the people.
+
+    Args:
+      keys: [n] str, unique.
+      owners: [n] str, the person of each.
+
+    Returns:
+      (order [n] int64, keys [n] str, identity [n] int32, people [m] str), the last three sorted.
+    """
+    order = np.array(sorted(range(len(keys)), key=lambda index: (owners[index], keys[index])), np.int64)
+    people, identity = np.unique(np.array(owners, str)[order], return_inverse=True)
+    return order, np.array(keys, str)[order], identity.astype(np.int32), people
+
+
+def lonely(identity: np.ndarray, people: np.ndarray, prefix: str) -> list[Problem]:
+    """A problem for each person with one photo."""
+    alone = np.flatnonzero(np.bincount(identity, minlength=len(people)) == 1)
+    return [Problem(path=f"{prefix}{people[person]}", reason="one photo: kept, serves as a negative") for person in alone]
+
+
+# ---- prepared sets ---------------------------------------------------------------------------------------------------
+
+
+def _prepared(source: str, data_dir: Path) -> Photos:
+    """A set that `launch.py data prepare` wrote."""
+    folder = data_dir / source
+    try:
+        with np.load(folder / "index.npz") as index:
+            keys, identity, people, record = (index[name] for name in ("keys", "identity", "people", "record"))
+        about = json.loads((folder / "index.json").read_text())
+    except FileNotFoundError as error:
+        example = {
+            "lfw": "python launch.py data prepare lfw",
+            "celeba": "python launch.py data prepare celeba --archive img_align_celeba.zip --identities identity_CelebA.txt",
+        }[source]
+        raise FileNotFoundError(
+            f"{source} is not prepared in {data_dir} ({error.filename} is missing). Prepare it once:\n  {example}"
+        ) from error
+    examples = _Records(folder / about["version"])
+
+    def read(index: int) -> np.ndarray:
+        try:
+            return decode(examples[int(record[index])])
+        except ValueError as error:
+            raise ValueError(
+                f"{source}: photo {keys[index]} does not decode ({error}): the prepared set is damaged. "
+                f"Run python launch.py data prepare {source} --overwrite again."
+            ) from error
+
+    return Photos(
+        source=source,
+        keys=keys,
+        identity=identity,
+        people=people,
+        read=read,
+        square=Square(**about["square"]) if about["square"] else None,
+        problems=tuple(Problem(**problem) for problem in json.loads((folder / "problems.json").read_text())),
+        fingerprint=fingerprint_of(keys, people, about["content"]),
+    )
+
+
+class _Records:
+    """The encoded images of a prepared set by record number; opened by the first read."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._lock, self._source = folder, threading.Lock(), None
+
+    def __getitem__(self, record: int) -> bytes:
+        with self._lock:
+            if self._source is None:
+                import tensorflow_datasets as tfds
+
+                builder = tfds.builder_from_directory(self._folder)
+                self._source = builder.as_data_source(split="all", decoders={"image": tfds.decode.SkipDecoding()})
+        return self._source[record]["image"]
+
+
+# ---- a folder a person -----------------------------------------------------------------------------------------------
+
+
+def _folder(source: str, data_dir: Path) -> Photos:
+    """PATH/PERSON/PHOTO.jpg; every file is decoded once, and what was found is remembered by size and time."""
+    root = Path(source.partition(":")[2]).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"{source}: there is no folder {root.absolute()}. Give one that holds a folder a person.")
+    files, problems = [], []
+    for person in sorted(root.iterdir()):
+        if person.name.startswith("."):
+            continue
+        if not person.is_dir():
+            problems.append(Problem(path=str(person), reason="file beside the people's folders: left out"))
+            continue
+        found = [file for file in sorted(person.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+        images = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+        problems += [Problem(path=str(f), reason="not an image by its name: left out") for f in found if f not in set(images)]
+        if not images:
+            problems.append(Problem(path=str(person), reason="empty folder: no photo of this person"))
+        files += [(file, person.name) for file in images]
+
+    checked = _check_files([file for file, _ in files], data_dir / "folders" / f"{_digest(str(root.resolve()))[:16]}.json")
+    keys: list[str] = []
+    owners: list[str] = []
+    paths: list[Path] = []
+    hashes: list[str] = []
+    by_key: dict[str, Path] = {}
+    by_content: dict[str, tuple[Path, str]] = {}
+    for (file, person_name), (content, failure) in zip(files, checked, strict=True):
+        key = file.relative_to(root).with_suffix("").as_posix()
+        if failure:
+            problems.append(Problem(path=str(file), reason=f"corrupt image: left out ({failure})"))
+            continue
+        if key in by_key:
+            problems.append(Problem(path=str(file), reason=f"duplicate name: left out, {by_key[key].name} is kept"))
+            continue
+        if content in by_content:
+            other, other_person = by_content[content]
+            if other_person == person_name:
+                reason = f"duplicate content: left out, the same file as {other.relative_to(root)}"
+                problems.append(Problem(path=str(file), reason=reason))
+                continue
+            reason = f"two people's photo: kept as both, the same file as {other.relative_to(root)}"
+            problems.append(Problem(path=str(file), reason=reason))
+        by_key[key] = file
+        by_content.setdefault(content, (file, person_name))
+        keys.append(key)
+        owners.append(person_name)
+        paths.append(file)
+        hashes.append(content)
+    if not keys:
+        raise ValueError(
+            f"{source}: no photo found in {root.absolute()} ({len(problems)} problems"
+            + (f", first: {problems[0].path}: {problems[0].reason}" if problems else "")
+            + "). Expected one folder a person: PERSON/PHOTO.jpg."
+        )
+    order, sorted_keys, identity, people = arrange(keys, owners)
+    ordered = [paths[index] for index in order]
+    content = _digest("".join(hashes[index] for index in order))
+
+    def read(index: int) -> np.ndarray:
+        try:
+            return decode(ordered[index].read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"photo {ordered[index]} no longer reads ({error}), though it did when the folder was opened. "
+                "Restore or remove it, and start again."
+            ) from error
+
+    return Photos(
+        source=source,
+        keys=sorted_keys,
+        identity=identity,
+        people=people,
+        read=read,
+        square=None,
+        problems=tuple(problems + lonely(identity, people, f"{root}/")),
+        fingerprint=fingerprint_of(sorted_keys, people, content),
+    )
+
+
+def _check_files(files: list[Path], cache: Path) -> list[tuple[str, str | None]]:
+    """(SHA-256 of the content, why it does not decode or None) of each file; unchanged files are not read again."""
+    try:
+        known = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        known = {}
+
+    def check(file: Path) -> tuple[str, list]:
+        stat = file.stat()
+        was = known.get(str(file))
+        if was and was[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return str(file), was
+        content, failure = "", None
+        try:
+            data = file.read_bytes()
+            content = hashlib.sha256(data).hexdigest()
+            decode(data)
+        except (OSError, ValueError) as error:
+            failure = str(error).replace(str(file), file.name)
+        return str(file), [stat.st_size, stat.st_mtime_ns, content, failure]
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        now = dict(progress_bar(pool.map(check, files), len(files), "checking photos"))
+    if now != known:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, json.dumps(now).encode())
+        except OSError:
+            pass  # the cache saves time, nothing else
+    return [(now[str(file)][2], now[str(file)][3]) for file in files]
+
+
+# ---- rendered --------------------------------------------------------------------------------------------------------
+
+
+def _synthetic(
+    source: str, data_dir: Path, *, people: int = 400, photos: int = 12, seed: int = 0, size: int = 64
+) -> Photos:
+    """`faceembed.data.synthetic`, all rendered by the first read."""
+    if people < 1 or photos < 1 or size < 16:
+        raise ValueError(f"synthetic: people={people}, photos={photos}, size={size}: expected ≥ 1, ≥ 1 and ≥ 16 px.")
+    names = np.array([f"synthetic_{person:06d}" for person in range(people)])
+    keys = np.array([f"{name}/{photo:04d}" for name in names for photo in range(photos)])
+
+    lock, rendered = threading.Lock(), []
+
+    def read(index: int) -> np.ndarray:
+        with lock:
+            if not rendered:
+                from faceembed.data import synthetic
+
+                rendered.append(synthetic.render_all(seed, people, photos, size))
+        return rendered[0][index]
+
+    return Photos(
+        source=source,
+        keys=keys,
+        identity=np.repeat(np.arange(people, dtype=np.int32), photos),
+        people=names,
+        read=read,
+        square=None,
+        problems=(),
+        fingerprint=fingerprint_of(keys, names, f"synthetic {seed} {size}"),
+    )
+
+
+SOURCES: dict[str, Callable[..., Photos]] = {
+    "celeba": _prepared,
+    "lfw": _prepared,
+    "synthetic": _synthetic,
+    "folder:PATH": _folder,
+}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def progress_bar(items: Any, total: int | None, what: str, *, shown: bool = True) -> Any:
+    """The items, with a progress bar on a terminal where there are enough to wait for."""
+    from tqdm import tqdm
+
+    quiet = not shown or (total is not None and total < 1000) or not sys.stderr.isatty()
+    return tqdm(items, total=total, desc=what, unit=" photos", disable=quiet)

@@ -1,0 +1,28 @@
+"""People hashed into train, select, calibrate and report: once, the same on every machine."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+SHARES = {"train": 0.85, "select": 0.05, "calibrate": 0.05, "report": 0.05}
+"""Share of people in each part: train fits the network, select chooses the best checkpoint, calibrate sets thresholds
+and heads, report gives the final table."""
+
+
+def split_of(people: Sequence[str] | np.ndarray) -> np.ndarray:
+    """The part each person belongs to.
+
+    A person's part depends on the name alone: adding people or photos moves nobody else.
+
+    Args:
+      people: [m] str, names of people.
+
+    Returns:
+      [m] str, each "train", "select", "calibrate" or "report" with probability `SHARES`.
+    """
+    names, edges = list(SHARES), np.cumsum(list(SHARES.values()))
+    edges[-1] = 1.0  # the sum of the shares may fall a rounding short of 1
+    digests = [hashlib.sha256(str(person).encode()).digest()[:8] for person in people]
+    place = np.array([int.from_bytes(digest, "big") >> 11 for digest in digests], np.float64) / 2.0**53
+    return np.array(names)[np.searchsorted(edges, place, side="right")]

@@ -1,0 +1,175 @@
+"""From a checkpoint and photos to embeddings."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from faceembed import checkpoint, config, encoders, preprocess
+from faceembed.data import sources
+
+EmbedFn = Callable[[Any, Any], jax.Array]
+"""(variables, uint8 images [b, s, s, 3]) → [b, d]."""
+
+
+def build_encoder(experiment: config.Experiment) -> nn.Module:
+    """The encoder an experiment names, in its precision."""
+    options = {field.name: getattr(experiment.encoder, field.name) for field in dataclasses.fields(experiment.encoder)}
+    options.pop("depth", None)  # iresnet's depth is part of its name
+    return encoders.make_encoder(config.encoder_name(experiment.encoder), dtype=experiment.precision, **options)
+
+
+def make_embed(encoder: nn.Module, pre: preprocess.Preprocess) -> EmbedFn:
+    """Compiles an encoder with its preprocessing and flip fusion: one compilation a batch size.
+
+    "sum" adds the embeddings of a photo and its mirror image, "concat" joins them; both have unit length.
+    """
+
+    @jax.jit
+    def embed(variables: Any, images: jax.Array) -> jax.Array:
+        x = preprocess.normalize(pre, images)
+        if pre.flip == "none":
+            return encoder.apply(variables, x, train=False)
+        both = encoder.apply(variables, jnp.concatenate([x, x[:, :, ::-1]]), train=False)
+        straight, mirrored = jnp.split(both, 2)
+        fused = straight + mirrored if pre.flip == "sum" else jnp.concatenate([straight, mirrored], axis=1)
+        return fused * jax.lax.rsqrt(jnp.sum(fused**2, axis=1, keepdims=True) + 1e-12)
+
+    return embed
+
+
+def embed_all(embed: EmbedFn, variables: Any, images: np.ndarray, batch: int = 256) -> np.ndarray:
+    """Embeds any number of photos in batches of one size, the last one padded, so that nothing is compiled twice.
+
+    Args:
+      images: uint8 [n, s, s, 3].
+      batch: photos at once; fewer photos take the next power of two.
+
+    Returns:
+      [n, d] float32 (float64 for a float64 checkpoint).
+    """
+    if not len(images):
+        raise ValueError("there are no images to embed.")
+    batch = min(batch, 1 << (len(images) - 1).bit_length())
+    results = []
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        padded = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), part.dtype)])
+        results.append((embed(variables, padded), len(part)))
+    return np.concatenate([np.asarray(emb)[:count] for emb, count in results])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Embedder:
+    """A checkpoint ready to use: `embedder(images) → [n, d]` unit vectors."""
+
+    variables: Any
+    """{"params", "batch_stats"}, the moving averages of the training."""
+    preprocess: preprocess.Preprocess
+    config: config.Experiment
+    data: dict[str, Any]
+    """What the checkpoint was trained on."""
+    policy: dict[str, Any] | None
+    """Verification heads and thresholds set on calibrate people; None when the run ended without them."""
+    path: Path
+    """The step directory."""
+    embed: EmbedFn
+
+    @property
+    def size(self) -> int:
+        """Side of the crops that `__call__` takes, in pixels."""
+        return self.preprocess.size
+
+    def __call__(self, images: np.ndarray, batch: int = 256) -> np.ndarray:
+        """Embeds crops.
+
+        Args:
+          images: uint8 RGB [n, size, size, 3], framed as the checkpoint's Preprocess says; `read` makes such crops.
+          batch: photos at once.
+
+        Returns:
+          [n, d] float32 of unit length.
+
+        Raises:
+          ValueError: another dtype, size or rank: a mismatched pipeline is refused.
+        """
+        images = np.asarray(images)
+        if images.dtype != np.uint8:
+            raise ValueError(
+                f"images are {images.dtype}: expected uint8 RGB, 0-255, before any normalisation; the checkpoint brings "
+                "its own. Convert with (images * 255).astype('uint8') if they lie in 0-1."
+            )
+        if images.ndim != 4 or images.shape[1:] != (self.size, self.size, 3):
+            raise ValueError(
+                f"images have shape {images.shape}: this checkpoint takes [n, {self.size}, {self.size}, 3]. "
+                "embedder.read(paths, framing=…) cuts such crops from photos."
+            )
+        return embed_all(self.embed, self.variables, images, batch)
+
+    def read(
+        self, photos: Sequence[str | Path | np.ndarray], framing: str | preprocess.Square | None = None
+    ) -> np.ndarray:
+        """Cuts crops from photos.
+
+        Args:
+          photos: paths, or uint8 RGB arrays [h, w, 3].
+          framing: where the face is: a name in `preprocess.FRAMINGS` ("lfw" for deep-funneled LFW, "celeba" for aligned
+            CelebA), a Square, or None for photos that are already cropped tightly (the largest centred square).
+
+        Returns:
+          uint8 RGB [n, size, size, 3].
+
+        Raises:
+          ValueError: a file that is no whole image (its path is named), or an unknown framing.
+        """
+        crops = []
+        for photo in photos:
+            if not isinstance(photo, np.ndarray):
+                try:
+                    photo = sources.decode(Path(photo).read_bytes())
+                except ValueError as error:
+                    raise ValueError(f"{photo} is no whole image: {error}") from error
+            square = preprocess.framing(framing, photo.shape[1]) if isinstance(framing, str) else framing
+            crops.append(preprocess.crop_square(photo, square, self.size))
+        return np.stack(crops)
+
+
+def load(path: str | Path) -> Embedder:
+    """Loads a checkpoint for evaluation.
+
+    Args:
+      path: a run directory (its best step is taken) or a step directory.
+
+    Returns:
+      An Embedder.
+
+    Raises:
+      FileNotFoundError: if there is no complete checkpoint.
+      ValueError: if its config is of another version, or `policy.json` belongs to other parameters.
+    """
+    step = checkpoint.find_step(Path(path))
+    experiment, variables, data = checkpoint.read_evaluation(step)
+    policy = None
+    policy_file = step.parents[1] / "policy.json"
+    if policy_file.exists():
+        policy = json.loads(policy_file.read_text())
+        # The policy is of one step, the best; another step of the same run has none.
+        if policy["fingerprint"] != checkpoint.fingerprint(variables):
+            policy = None
+    if experiment.precision == "float64":
+        jax.config.update("jax_enable_x64", True)
+    return Embedder(
+        variables=variables,
+        preprocess=experiment.preprocess,
+        config=experiment,
+        data=data,
+        policy=policy,
+        path=step,
+        embed=make_embed(build_encoder(experiment), experiment.preprocess),
+    )

@@ -1,0 +1,349 @@
+"""What triplets and pairs cost: losses over the global batch, equal for any number of devices.
+
+Each loss is a pure function `(emb, identity, …) → (loss, metrics)`. Metrics are float scalars without gradient; loss and
+metrics are those of the whole batch on every device. Where the batch lies decides `axis_name`:
+
+* under `jax.jit` on a global array, sharded or not: `axis_name=None`;
+* under `jax.shard_map`: the mesh axis. Differentiate OUTSIDE:
+  `jax.grad(lambda emb: jax.shard_map(loss, …, out_specs=P())(emb, identity))` is right as it is;
+* under `jax.pmap`: its axis. Differentiate outside likewise: `jax.grad(lambda emb: jax.pmap(loss, …)(emb, identity)[0])`.
+  Inside, `jax.grad` sees one copy of the loss a device and returns the derivative of their SUM with respect to this
+  device's copy of the parameters: `lax.pmean` over the axis is then the gradient, `lax.psum` is n_devices too large.
+
+Distances and losses are computed in float32, or in float64 where the embeddings are. Distances are those of general
+vectors: unit length is the encoder's business.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from faceembed import mining
+
+QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
+CHUNK = 2**21
+"""Most elements of the [b, chunk, d] differences that `pair_logistic_loss` holds at once, unless one column has more."""
+
+AxisName = str | tuple[str, ...] | None
+
+
+def triplet_loss(
+    emb: Array,
+    identity: Array,
+    *,
+    margin: float | Array,
+    miner: str = "semi_hard",
+    key: Array | None = None,
+    axis_name: AxisName = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Triplet loss with online mining: mean of max(d(A,P) - d(A,N) + α, 0) (Schroff et al. 2015, eq. 3).
+
+    With `random`, `hardest` and `semi_hard` the mean is over the chosen triplets, satisfied ones included; with `all` and
+    `semi_hard_all` over the triplets with a positive hinge (and d(A,N) > d(A,P)) alone. Without any the loss is 0.
+
+    Args:
+      emb: [b, d] float embeddings of this device, of any length; d(a, b) = |a - b|².
+      identity: [b] int person ids; one id may appear on several devices.
+      margin: α ≥ 0, in units of squared distance.
+      miner: a name in `mining.MINERS`.
+      key: JAX random key, the same on all devices; needed by `random` alone.
+      axis_name: axis of shard_map or pmap to gather over; None for one device or a global array under jit.
+
+    Returns:
+      (loss, metrics). Metrics:
+        triplets: valid triplets. Index miners: those chosen. Reducers: all (A, P, N) of the batch.
+        active: the share of them that the loss pushes on: hinge > 0 (and d(A,N) > d(A,P) for `semi_hard_all`).
+        d_ap_mean, d_an_mean: an anchor's mean d(A,P) and mean d(A,N) over its valid triplets, averaged over the
+          anchors that have any.
+        d_ap_q10, d_ap_q50, d_ap_q90, d_an_q10, …: quantiles over the same anchors of the same means, interpolated
+          linearly. All are 0 where there is no triplet.
+
+    Raises:
+      ValueError: shapes, dtypes, margin, miner or key do not fit.
+
+    References:
+      Schroff, Kalenichenko, Philbin 2015, FaceNet, eq. 3. Hermans, Beyer, Leibe 2017, eqs. 5 and 8.
+    """
+    _check(emb, identity, margin)
+    if miner not in mining.MINERS:
+        raise ValueError(f"miner is {miner!r}, which does not exist; try one of {', '.join(mining.MINERS)}.")
+    if miner == "random" and key is None:
+        raise ValueError("miner 'random' draws its triplets and needs a key; pass key=jax.random.key(seed).")
+    anchors, everyone, row, identities = _gather(emb, identity, axis_name)
+    layout = mining.layout_of(row, identities)
+    # One margin an anchor: its cotangent is then as local to the device as that of the anchors.
+    margins = mining.varying_zeros(layout, (), anchors.dtype) + jnp.asarray(margin, anchors.dtype)
+    if miner in mining.REDUCERS:
+        distance = mining.squared_distances(anchors, everyone)
+        total, counted = mining.REDUCERS[miner](layout, distance, margins)
+        valid, d_ap, d_an = _all_valid(layout, lax.stop_gradient(distance))
+        in_mean = counted
+    else:
+        fixed = lax.stop_gradient((anchors, everyone))
+        triplets = mining.INDEX_MINERS[miner](layout, *fixed, key)
+        total, counted, valid, d_ap, d_an = _listed(anchors, everyone, margins, triplets)
+        in_mean = valid
+    dtype = anchors.dtype
+    sums = [jnp.sum(x.astype(dtype)) for x in (total, in_mean, counted, valid)]
+    all_total, all_in_mean, all_counted, all_valid = _psum(sums, axis_name)
+    loss = all_total / jnp.maximum(all_in_mean, 1)
+    metrics = {"triplets": all_valid, "active": all_counted / jnp.maximum(all_valid, 1)}
+    for name, value in {"d_ap": d_ap, "d_an": d_an}.items():
+        metrics |= _spread(name, lax.stop_gradient(value), valid > 0, layout, axis_name)
+    return loss, lax.stop_gradient(metrics)
+
+
+def contrastive_loss(
+    emb: Array, identity: Array, *, margin: float | Array, axis_name: AxisName = None
+) -> tuple[Array, dict[str, Array]]:
+    """Siamese contrastive loss over all pairs of the global batch (Hadsell, Chopra, LeCun 2006, eq. 4).
+
+    A genuine pair costs ½D², an impostor pair ½ max(margin - D, 0)², with D = |a - b| not squared. Impostor pairs
+    outnumber genuine ones by far, so each kind is averaged by itself: the loss is the mean over genuine pairs plus the
+    mean over impostor pairs, each 0 where there is none. The gradient of an impostor pair with D = 0, which has no
+    direction, is taken as 0.
+
+    Args:
+      emb: [b, d] float embeddings of this device.
+      identity: [b] int person ids.
+      margin: ≥ 0, in units of D.
+      axis_name: as for `triplet_loss`.
+
+    Returns:
+      (loss, metrics). Metrics: genuine, impostor: how many pairs {a, b}; loss_genuine, loss_impostor: the two means;
+      d_genuine, d_impostor: mean D²; active: the share of impostor pairs with D < margin.
+
+    Raises:
+      ValueError: shapes, dtypes or margin do not fit.
+    """
+    _check(emb, identity, margin)
+    anchors, everyone, row, identities = _gather(emb, identity, axis_name)
+    distance = mining.squared_distances(anchors, everyone)
+    genuine, impostor = _kinds(row, identities)
+    # "Not at 0" rather than "above": NaN must reach the loss.
+    apart = ~(distance <= 0)
+    # The inner where keeps sqrt's infinite slope at 0 out of the gradient.
+    euclidean = jnp.where(apart, jnp.sqrt(jnp.where(apart, distance, 1)), 0)
+    lack = jnp.maximum(jnp.asarray(margin, anchors.dtype) - euclidean, 0)
+    means, pairs = _means_by_kind(
+        (genuine, impostor),
+        ({"loss": distance / 2, "d": distance}, {"loss": lack**2 / 2, "d": distance, "active": lack > 0}),
+        axis_name,
+    )
+    loss = means[0]["loss"] + means[1]["loss"]
+    metrics = {
+        "genuine": pairs[0],
+        "impostor": pairs[1],
+        "loss_genuine": means[0]["loss"],
+        "loss_impostor": means[1]["loss"],
+        "d_genuine": means[0]["d"],
+        "d_impostor": means[1]["d"],
+        "active": means[1]["active"],
+    }
+    return loss, lax.stop_gradient(metrics)
+
+
+def pair_logistic_loss(
+    emb: Array, identity: Array, params: dict[str, Array], *, axis_name: AxisName = None
+) -> tuple[Array, dict[str, Array]]:
+    """Logistic regression on |f(a)-f(b)| over all pairs of the global batch, trained through both tied encoders.
+
+    The logit of "same person" is z = Σ_k weights_k |f(a)_k - f(b)_k| + bias (Taigman et al. 2014, section 4.2). A genuine
+    pair costs log(1 + exp(-z)), an impostor pair log(1 + exp(z)), and the loss is the mean over genuine pairs plus the mean
+    over impostor pairs, each 0 where there is none: 2 log 2 for a head that knows nothing. |f(a)-f(b)| is no matrix
+    product: photos are taken a few at a time, and again in the backward pass, so that memory stays far below B·B·d.
+
+    Args:
+      emb: [b, d] float embeddings of this device.
+      identity: [b] int person ids.
+      params: {"weights": [d], "bias": []} float, the same on all devices; `init_pair_logistic` makes them.
+      axis_name: as for `triplet_loss`.
+
+    Returns:
+      (loss, metrics). Metrics: genuine, impostor: how many pairs {a, b}; loss_genuine, loss_impostor: the two means;
+      accuracy: mean of the shares of genuine pairs with z > 0 and of impostor pairs with z ≤ 0, over the kinds there are.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+    """
+    _check(emb, identity, 0.0)
+    found = {name: jnp.shape(value) for name, value in params.items()}
+    expected = {"weights": (emb.shape[1],), "bias": ()}
+    if found != expected:
+        raise ValueError(
+            f"params has {found}, but embeddings of {emb.shape[1]} numbers need {expected}; "
+            f"make them with init_pair_logistic({emb.shape[1]})."
+        )
+    anchors, everyone, row, identities = _gather(emb, identity, axis_name)
+    weights, bias = params["weights"].astype(anchors.dtype), params["bias"].astype(anchors.dtype)
+
+    @jax.checkpoint
+    def column(other: Array) -> Array:
+        return jnp.sum(jnp.abs(anchors - other) * weights, 1) + bias
+
+    logits = lax.map(column, everyone, batch_size=max(1, CHUNK // anchors.size)).T
+    means, pairs = _means_by_kind(
+        _kinds(row, identities),
+        (
+            {"loss": jax.nn.softplus(-logits), "right": logits > 0},
+            {"loss": jax.nn.softplus(logits), "right": ~(logits > 0)},
+        ),
+        axis_name,
+    )
+    loss = means[0]["loss"] + means[1]["loss"]
+    kinds = (pairs[0] > 0).astype(loss.dtype) + (pairs[1] > 0).astype(loss.dtype)
+    metrics = {
+        "genuine": pairs[0],
+        "impostor": pairs[1],
+        "loss_genuine": means[0]["loss"],
+        "loss_impostor": means[1]["loss"],
+        "accuracy": (means[0]["right"] + means[1]["right"]) / jnp.maximum(kinds, 1),
+    }
+    return loss, lax.stop_gradient(metrics)
+
+
+def init_pair_logistic(dim: int) -> dict[str, Array]:
+    """{"weights": [dim], "bias": []} float32: every difference speaks against "same person", 0 logit at |a-b|₁ = 1."""
+    return {"weights": jnp.full(dim, -1.0, jnp.float32), "bias": jnp.ones((), jnp.float32)}
+
+
+# One triplet an anchor and round: sums, and their derivative ------------------------------------------------------------
+
+
+@jax.custom_vjp
+def _listed(anchors, everyone, margins, triplets):
+    """Per anchor, [b] each, over its listed triplets: Σ hinge, #hinge > 0, #triplets, mean d(A,P), mean d(A,N).
+
+    The derivative is by hand because the number of rounds is known only when run. No collective may enter here: under
+    shard_map a custom derivative around one is wrong by the number of devices.
+    """
+
+    def add(r, sums):
+        chosen, d_ap, d_an, _, _ = _round(anchors, everyone, triplets, r)
+        hinge = jnp.where(chosen, jnp.maximum(d_ap - d_an + margins, 0), 0)
+        parts = (hinge, hinge > 0, chosen, jnp.where(chosen, d_ap, 0), jnp.where(chosen, d_an, 0))
+        return tuple(s + part.astype(s.dtype) for s, part in zip(sums, parts, strict=True))
+
+    zero = jnp.zeros_like(margins)
+    count = zero.astype(jnp.int32)
+    total, active, valid, d_ap, d_an = lax.fori_loop(0, triplets.rounds, add, (zero, count, count, zero, zero))
+    return total, active, valid, d_ap / jnp.maximum(valid, 1), d_an / jnp.maximum(valid, 1)
+
+
+def _round(anchors, everyone, triplets, r):
+    positive, negative = triplets.positive[r], triplets.negative[r]
+    chosen = positive >= 0
+    to_positive = anchors - everyone[jnp.maximum(positive, 0)]
+    to_negative = anchors - everyone[jnp.maximum(negative, 0)]
+    return chosen, jnp.sum(to_positive**2, 1), jnp.sum(to_negative**2, 1), to_positive, to_negative
+
+
+def _listed_forward(anchors, everyone, margins, triplets):
+    return _listed(anchors, everyone, margins, triplets), (anchors, everyone, margins, triplets)
+
+
+def _listed_backward(residual, cotangent):
+    anchors, everyone, margins, triplets = residual
+
+    def add(r, sums):
+        by_anchors, by_everyone, by_margins = sums
+        chosen, d_ap, d_an, to_positive, to_negative = _round(anchors, everyone, triplets, r)
+        weight = jnp.where(chosen & ~(d_ap - d_an + margins <= 0), cotangent[0], 0)
+        by_positive, by_negative = -2 * weight[:, None] * to_positive, 2 * weight[:, None] * to_negative
+        # One scatter for both: XLA's is a serial loop on a CPU.
+        index = jnp.maximum(jnp.concatenate([triplets.positive[r], triplets.negative[r]]), 0)
+        by_everyone = by_everyone.at[index].add(jnp.concatenate([by_positive, by_negative]))
+        return by_anchors - by_positive - by_negative, by_everyone, by_margins + weight
+
+    zeros = (jnp.zeros_like(anchors), jnp.zeros_like(everyone), jnp.zeros_like(margins))
+    return *lax.fori_loop(0, triplets.rounds, add, zeros), None
+
+
+_listed.defvjp(_listed_forward, _listed_backward)
+
+
+def _all_valid(layout: mining.Layout, distance: Array) -> tuple[Array, Array, Array]:
+    """Per anchor, [b] each, over all its valid triplets: how many, mean d(A,P), mean d(A,N)."""
+    different = layout.is_different()
+    positives, negatives = layout.photos - 1, layout.identity.shape[0] - layout.photos
+    d_ap = jnp.sum(jnp.where(different | layout.is_self(), 0, distance), 1) / jnp.maximum(positives, 1)
+    d_an = jnp.sum(jnp.where(different, distance, 0), 1) / jnp.maximum(negatives, 1)
+    return positives * negatives, d_ap, d_an
+
+
+# The global batch ---------------------------------------------------------------------------------------------------------
+
+
+def _check(emb: Array, identity: Array, margin: float | Array) -> None:
+    if emb.ndim != 2 or not jnp.issubdtype(emb.dtype, jnp.floating):
+        raise ValueError(f"emb is {emb.dtype}{list(emb.shape)}; pass float embeddings [b, d].")
+    if identity.shape != emb.shape[:1] or not jnp.issubdtype(identity.dtype, jnp.integer):
+        raise ValueError(
+            f"identity is {identity.dtype}{list(identity.shape)} beside emb {list(emb.shape)}; "
+            f"pass one integer person id a row: [{emb.shape[0]}]."
+        )
+    if isinstance(margin, int | float) and not margin >= 0:
+        raise ValueError(f"margin is {margin}; a negative margin rewards a mistake. Pass a margin ≥ 0, such as 0.2.")
+
+
+def _gather(emb: Array, identity: Array, axis_name: AxisName) -> tuple[Array, Array, Array, Array]:
+    """([b, d] anchors, [B, d] everyone, [b] int32 global index of the anchors, [B] identities)."""
+    emb = emb.astype(jnp.promote_types(emb.dtype, jnp.float32))
+    row = jnp.arange(emb.shape[0], dtype=jnp.int32)
+    if axis_name is None:
+        return emb, emb, row, identity
+    row += lax.axis_index(axis_name) * emb.shape[0]
+    return (
+        emb,
+        lax.all_gather(emb, axis_name, tiled=True),
+        row,
+        lax.all_gather(identity, axis_name, tiled=True),
+    )
+
+
+def _psum(x: Any, axis_name: AxisName) -> Any:
+    return x if axis_name is None else lax.psum(x, axis_name)
+
+
+def _kinds(row: Array, identities: Array) -> tuple[Array, Array]:
+    """[b, B] bool each: genuine pairs, a photo with itself left out, and impostor pairs."""
+    same = identities[row][:, None] == identities[None, :]
+    itself = row[:, None] == jnp.arange(identities.shape[0], dtype=jnp.int32)[None, :]
+    return same & ~itself, ~same
+
+
+def _means_by_kind(masks, values, axis_name):
+    """For each kind of pair, the global mean of each value over the kind's pairs, 0 without any; and the pairs {a, b}."""
+    dtype = values[0]["loss"].dtype
+    sums = [
+        (
+            {name: jnp.sum(jnp.where(mask, value.astype(dtype), 0)) for name, value in named.items()},
+            jnp.sum(jnp.sum(mask, 1, dtype=jnp.int32).astype(dtype)),
+        )
+        for mask, named in zip(masks, values, strict=True)
+    ]
+    sums = _psum(sums, axis_name)
+    means = [{name: total / jnp.maximum(count, 1) for name, total in named.items()} for named, count in sums]
+    # Each pair {a, b} was met twice, as (a, b) and as (b, a).
+    return means, [count / 2 for _, count in sums]
+
+
+def _spread(name: str, value: Array, has: Array, layout: mining.Layout, axis_name: AxisName) -> dict[str, Array]:
+    """Mean and quantiles of [b] values over the anchors of all devices that have one; 0 where there is none."""
+    if axis_name is not None:
+        # A sum over slots that are 0 elsewhere gathers exactly, and shard_map knows its result to be equal everywhere.
+        empty = jnp.zeros(layout.identity.shape, value.dtype)
+        value = lax.psum(empty.at[layout.row].set(value), axis_name)
+        has = lax.psum(empty.at[layout.row].set(has.astype(value.dtype)), axis_name) > 0
+    count = jnp.sum(has, dtype=jnp.int32)
+    last = jnp.maximum(count - 1, 0)
+    ranked = jnp.sort(jnp.where(has, value, jnp.inf))
+    out = {f"{name}_mean": jnp.sum(jnp.where(has, value, 0)) / jnp.maximum(count, 1)}
+    for label, q in QUANTILES.items():
+        place = jnp.asarray(q, value.dtype) * last
+        below = jnp.floor(place).astype(jnp.int32)
+        low, high = ranked[below], ranked[jnp.minimum(below + 1, last)]
+        out[f"{name}_{label}"] = jnp.where(count > 0, low + (high - low) * (place - below), 0)
+    return out

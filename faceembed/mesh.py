@@ -1,0 +1,70 @@
+"""Devices: the mesh, the sharding of every leaf of the state, and batches on their way to the devices."""
+
+import collections
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA = "data"
+"""Mesh axis over which the photos of a batch are divided."""
+
+
+def make_mesh(devices: int | None = None) -> Mesh:
+    """A mesh ("data", "model") of all devices, or of the first few; "model" has size 1.
+
+    Raises:
+      ValueError: if there are fewer devices than asked for.
+    """
+    present = jax.devices()
+    if devices is None:
+        devices = len(present)
+    if not 1 <= devices <= len(present):
+        raise ValueError(
+            f"--devices is {devices}, and JAX sees {len(present)} ({present[0].platform}). "
+            f"Give 1 to {len(present)}; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={max(devices, 1)} "
+            "makes virtual ones."
+        )
+    # Auto, not make_mesh's default Explicit: with that a plain `emb @ emb.T` raises.
+    return jax.make_mesh((devices, 1), (DATA, "model"), (AxisType.Auto,) * 2, devices=present[:devices])
+
+
+def check_batch(mesh: Mesh, people: int, photos: int) -> None:
+    """Raises ValueError, saying what to type, when a batch does not divide over the mesh."""
+    devices = mesh.shape[DATA]
+    if people * photos % devices:
+        raise ValueError(
+            f"global batch {people * photos} (people={people} × photos={photos}) does not divide over {devices} devices; "
+            f"set --batch.people to a multiple of {devices // math.gcd(devices, photos)}."
+        )
+
+
+def state_sharding(mesh: Mesh, state: Any) -> Any:
+    """The sharding of every leaf of a state: replicated."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Photos divided over the data axis."""
+    return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def to_devices(batches: Iterable[dict[str, np.ndarray]], mesh: Mesh, depth: int = 2) -> Iterator[dict[str, jax.Array]]:
+    """Moves host batches (this process's share) to the devices, `depth` of them ahead of their use."""
+    sharding = batch_sharding(mesh)
+    source = iter(batches)
+    queue: collections.deque[dict[str, jax.Array]] = collections.deque()
+
+    def fill(count: int) -> None:
+        for batch in itertools.islice(source, count):
+            queue.append({name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()})
+
+    fill(depth)
+    while queue:
+        batch = queue.popleft()
+        yield batch
+        fill(1)

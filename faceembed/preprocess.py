@@ -1,0 +1,106 @@
+"""The contract between a photograph and an encoder: which square of the photo, how large, in which numbers.
+
+A `Preprocess` is stored with every checkpoint, so that loading a checkpoint is enough to embed a photo the way the
+encoder was trained to see it.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Square:
+    """A square of a photo, in pixels from its top left corner."""
+
+    x: float
+    """Centre, to the right."""
+    y: float
+    """Centre, downwards."""
+    side: float
+    """Length of a side."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How a photo becomes the encoder's input."""
+
+    template: str = "portrait"
+    """Name of the framing: which part of the head fills the square. Sources give their square for a template."""
+    size: int = 64
+    """Side of the square the encoder sees, in pixels."""
+    mean: float = 127.5
+    """Subtracted from every channel (0-255)."""
+    scale: float = 127.5
+    """Divides after the subtraction."""
+    colour: Literal["rgb", "bgr"] = "rgb"
+    """Order of the channels the encoder was trained on. Photos are RGB until here."""
+    flip: Literal["none", "sum", "concat"] = "sum"
+    """Fusion of a photo's embedding with its mirror image's: sum keeps d numbers, concat gives 2d."""
+
+    def __post_init__(self) -> None:
+        if self.size < 16:
+            raise ValueError(
+                f"preprocess.size is {self.size} px: a face cannot be told from 15 px or fewer. Try --preprocess.size 64."
+            )
+        if not self.scale > 0:
+            raise ValueError(f"preprocess.scale is {self.scale}: it divides, so give a positive number such as 127.5.")
+
+
+FRAMINGS: dict[str, tuple[int, Square]] = {
+    # Width of the photo the square is given for; both show the same part of a head.
+    "celeba": (89, Square(x=44.5, y=62.0, side=64.0)),
+    "lfw": (250, Square(x=125.0, y=127.0, side=141.0)),
+}
+"""Where the "portrait" template lies in sets that come aligned: CelebA as aligned by its authors, deep-funneled LFW."""
+
+
+def framing(name: str, width: int) -> Square:
+    """The square of a named framing in a photo of this width, in pixels.
+
+    Raises:
+      ValueError: if there is no such framing.
+    """
+    if name not in FRAMINGS:
+        raise ValueError(f"framing {name!r} is not one of {', '.join(FRAMINGS)}; for tight crops of a face give None.")
+    native, square = FRAMINGS[name]
+    factor = width / native
+    return Square(x=square.x * factor, y=square.y * factor, side=square.side * factor)
+
+
+def crop_square(photo: np.ndarray, square: Square | None, size: int, margin: float = 1.0) -> np.ndarray:
+    """Cuts a square out of a photo and resizes it.
+
+    Args:
+      photo: uint8 RGB [h, w, 3].
+      square: where; None takes the largest centred square.
+      size: side of the result at margin 1, in pixels.
+      margin: enlarges the square and the result alike, so that the central size × size pixels do not change scale.
+
+    Returns:
+      uint8 RGB [round(size · margin), round(size · margin), 3]. Pixels outside the photo repeat its edge.
+    """
+    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+        raise ValueError(f"photo is {photo.dtype} {photo.shape}: expected uint8 RGB [h, w, 3], values 0-255.")
+    height, width = photo.shape[:2]
+    if square is None:
+        square = Square(x=width / 2, y=height / 2, side=min(height, width))
+    out = round(size * margin)
+    side = square.side * out / size
+    left, top = square.x - side / 2, square.y - side / 2
+    pad = int(np.ceil(max(0, -left, -top, left + side - width, top + side - height)))
+    if pad:
+        photo = np.pad(photo, ((pad, pad), (pad, pad), (0, 0)), mode="edge")
+        left, top = left + pad, top + pad
+    # `box` takes fractions of a pixel, and a reducing resize filters over every source pixel (antialiasing).
+    resized = Image.fromarray(photo).resize((out, out), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    return np.asarray(resized)
+
+
+def normalize(preprocess: Preprocess, images: Any) -> Any:
+    """uint8 or float RGB [b, h, w, 3] in 0-255 → the encoder's float32 input. Works on NumPy and JAX arrays."""
+    if preprocess.colour == "bgr":
+        images = images[..., ::-1]
+    return (images.astype("float32") - preprocess.mean) / preprocess.scale

@@ -1,0 +1,180 @@
+"""One update: (state, batch) → (state, metrics), compiled once, on one device or many."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from faceembed import mesh as meshes
+
+LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+"""(emb [b, d], identity [b], params, key, axis_name) → (scalar loss over all devices, scalar metrics)."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything an update reads and writes. Random numbers follow from (seed, step), so the step is all they need."""
+
+    step: jax.Array
+    """int32 [], updates made, those not applied included."""
+    skipped: jax.Array
+    """int32 [], updates that were not applied because the loss or a gradient was not finite."""
+    params: Any
+    """{"encoder": …, "loss": …}: a loss may have parameters of its own; {} for most."""
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+    """{"params": …, "batch_stats": …}: moving averages, which evaluation uses."""
+
+
+def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+    """Whether weight decay applies to a parameter: to kernels; never to norms, biases or PReLU slopes."""
+    return leaf.ndim > 1 and getattr(path[-1], "key", None) == "kernel"
+
+
+def make_optimizer(
+    update: optax.GradientTransformation, *, learning_rate: float, warmup: int, steps: int, weight_decay: float,
+    clip_norm: float,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:  # fmt: skip
+    """Clipping → an update rule → decoupled weight decay → warm-up and cosine.
+
+    Args:
+      update: turns gradients into a direction, for example `optax.scale_by_adam()`.
+      learning_rate: peak, reached after `warmup` steps; a cosine takes it to 1 % of that at `steps`.
+      weight_decay: decoupled (Loshchilov & Hutter 2019), multiplied by the learning rate; see `decays`.
+      clip_norm: largest global L2 norm of a gradient.
+
+    Returns:
+      (transformation, schedule): the schedule maps a step to its learning rate.
+    """
+    warmup = min(warmup, steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=learning_rate / (warmup + 1), peak_value=learning_rate, warmup_steps=warmup, decay_steps=steps,
+        end_value=learning_rate / 100,
+    )  # fmt: skip
+    mask = lambda params: jax.tree_util.tree_map_with_path(decays, params)  # noqa: E731
+    chain = optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        update,
+        optax.add_decayed_weights(weight_decay, mask=mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return chain, schedule
+
+
+def init_state(
+    encoder: nn.Module, optimizer: optax.GradientTransformation, *, seed: int, size: int, loss_params: Any, dtype: Any
+) -> TrainState:
+    """A fresh state.
+
+    Args:
+      encoder: takes [b, size, size, 3].
+      seed: of the parameters.
+      size: side of the encoder's input, in pixels.
+      loss_params: parameters of the loss; {} for none.
+      dtype: of all parameters, float32, or float64 for comparisons.
+    """
+    # Parameters are drawn in float32 whatever the dtype, so that a float64 run starts from the same numbers.
+    variables = encoder.init(jax.random.key(seed), jnp.zeros((2, size, size, 3), jnp.float32), train=False)
+    cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)  # noqa: E731
+    params = cast({"encoder": variables["params"], "loss": loss_params})
+    batch_stats = cast(variables.get("batch_stats", {}))
+    # The average starts at the parameters but in buffers of its own: a donated buffer may appear only once.
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, {"params": params["encoder"], "batch_stats": batch_stats}),
+    )
+
+
+def make_train_step(
+    encoder: nn.Module,
+    loss: LossFn,
+    optimizer: optax.GradientTransformation,
+    views: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    *,
+    seed: int,
+    ema: float,
+    mesh: Mesh,
+    state: TrainState,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles an update.
+
+    The batch is divided over the mesh's data axis: the encoder runs under plain jit (so batch normalisation is global),
+    the loss inside shard_map, where it gathers the embeddings of all devices. Differentiation is outside shard_map; no
+    number is multiplied or divided by a device count.
+
+    Args:
+      encoder: a Flax module; `apply(variables, images, train=True)` → [b, d].
+      loss: see `LossFn`; called with this device's embeddings and `axis_name`.
+      optimizer: see `make_optimizer`.
+      views: (step, slot [b], uint8 images [b, s, s, 3]) → normalised float images; see `data.augment`.
+      seed: of every random number.
+      ema: decay of the moving averages, reached as (1 + step) / (10 + step) grows past it; 0 copies.
+      mesh: from `mesh.make_mesh`.
+      state: a state, or its abstract shapes, for the shardings.
+
+    Returns:
+      (state, batch) → (state, metrics). The state is donated: its buffers are gone after the call. `batch` holds
+      "image" uint8 [b, s, s, 3], "identity" int32 [b] and "slot" int32 [b]. An update whose loss or gradient is not
+      finite is not applied; it is counted in `state.skipped`.
+    """
+    data = PartitionSpec(meshes.DATA)
+
+    def update(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        images = views(state.step, batch["slot"], batch["image"])
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
+        dropout_key, loss_key = jax.random.split(key)
+
+        @jax.shard_map(mesh=mesh, in_specs=(data, data, PartitionSpec(), PartitionSpec()), out_specs=PartitionSpec())
+        def global_loss(emb: jax.Array, identity: jax.Array, params: Any, key: jax.Array):
+            return loss(emb, identity, params, key, meshes.DATA)
+
+        def objective(params: Any):
+            emb, updates = encoder.apply(
+                {"params": params["encoder"], "batch_stats": state.batch_stats}, images, train=True,
+                mutable=["batch_stats"], rngs={"dropout": dropout_key},
+            )  # fmt: skip
+            value, metrics = global_loss(emb, batch["identity"], params["loss"], loss_key)
+            return value, (updates.get("batch_stats", state.batch_stats), metrics)
+
+        (value, (batch_stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        norm = optax.global_norm(grads)
+        # The statistics too: one infinite pixel leaves the loss finite on some paths and poisons the averages for ever.
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        finite &= jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), batch_stats), finite)
+
+        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step)).astype(value.dtype)
+        average = jax.tree.map(
+            lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype),
+            state.ema,
+            {"params": params["encoder"], "batch_stats": batch_stats},
+        )
+        new = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+            params=_choose(finite, params, state.params),
+            batch_stats=_choose(finite, batch_stats, state.batch_stats),
+            # The schedule's count lives in here: an update that is not applied does not advance it.
+            opt_state=_choose(finite, opt_state, state.opt_state),
+            ema=_choose(finite, average, state.ema),
+        )
+        return new, {**metrics, "loss": value, "grad_norm": norm, "skipped": new.skipped}
+
+    shardings = meshes.state_sharding(mesh, state)
+    batch_sharding = meshes.batch_sharding(mesh)
+    return jax.jit(update, donate_argnums=0, in_shardings=(shardings, batch_sharding), out_shardings=(shardings, None))
+
+
+def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
