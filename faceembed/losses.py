@@ -1,12 +1,12 @@
 """What triplets and pairs cost: losses over the global batch, equal for any number of devices.
 
-Each loss is a pure function `(emb, identity, …) → (loss, metrics)`. Metrics are float scalars without gradient; loss and
-metrics are those of the whole batch on every device. Where the batch lies decides `axis_name`:
+Each loss is a pure function `(emb, identity, …) → (loss, metrics)`. Metrics are float scalars without gradient; loss
+and metrics are those of the whole batch, on every device. Where the batch lies decides `axis_name`:
 
 * under `jax.jit` on a global array, sharded or not: `axis_name=None`;
 * under `jax.shard_map`: the mesh axis. Differentiate OUTSIDE:
   `jax.grad(lambda emb: jax.shard_map(loss, …, out_specs=P())(emb, identity))` is right as it is;
-* under `jax.pmap`: its axis. Differentiate outside likewise: `jax.grad(lambda emb: jax.pmap(loss, …)(emb, identity)[0])`.
+* under `jax.pmap`: its axis. Differentiate outside likewise: `jax.grad(lambda emb: jax.pmap(loss, …)(emb, ids)[0])`.
   Inside, `jax.grad` sees one copy of the loss a device and returns the derivative of their SUM with respect to this
   device's copy of the parameters: `lax.pmean` over the axis is then the gradient, `lax.psum` is n_devices too large.
 
@@ -24,7 +24,7 @@ from faceembed import mining
 
 QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
 CHUNK = 2**21
-"""Most elements of the [b, chunk, d] differences that `pair_logistic_loss` holds at once, unless one column has more."""
+"""Most elements of the [chunk, b, d] differences that `pair_logistic_loss` holds at once, or those of one photo."""
 
 AxisName = str | tuple[str, ...] | None
 
@@ -40,8 +40,8 @@ def triplet_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Triplet loss with online mining: mean of max(d(A,P) - d(A,N) + α, 0) (Schroff et al. 2015, eq. 3).
 
-    With `random`, `hardest` and `semi_hard` the mean is over the chosen triplets, satisfied ones included; with `all` and
-    `semi_hard_all` over the triplets with a positive hinge (and d(A,N) > d(A,P)) alone. Without any the loss is 0.
+    With `random`, `hardest` and `semi_hard` the mean is over the chosen triplets, satisfied ones included; with `all`
+    and `semi_hard_all` over the triplets with a positive hinge (and d(A,N) > d(A,P)) alone. Without any the loss is 0.
 
     Args:
       emb: [b, d] float embeddings of this device, of any length; d(a, b) = |a - b|².
@@ -150,10 +150,11 @@ def pair_logistic_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Logistic regression on |f(a)-f(b)| over all pairs of the global batch, trained through both tied encoders.
 
-    The logit of "same person" is z = Σ_k weights_k |f(a)_k - f(b)_k| + bias (Taigman et al. 2014, section 4.2). A genuine
-    pair costs log(1 + exp(-z)), an impostor pair log(1 + exp(z)), and the loss is the mean over genuine pairs plus the mean
-    over impostor pairs, each 0 where there is none: 2 log 2 for a head that knows nothing. |f(a)-f(b)| is no matrix
-    product: photos are taken a few at a time, and again in the backward pass, so that memory stays far below B·B·d.
+    The logit of "same person" is z = Σ_k weights_k |f(a)_k - f(b)_k| + bias (Taigman et al. 2014, section 4.2). A
+    genuine pair costs log(1 + exp(-z)), an impostor pair log(1 + exp(z)), and the loss is the mean over genuine pairs
+    plus the mean over impostor pairs, each 0 where there is none: 2 log 2 for a head that knows nothing. |f(a)-f(b)|
+    is no matrix product: photos are taken a few at a time, and again in the backward pass, so that memory stays far
+    below B·B·d.
 
     Args:
       emb: [b, d] float embeddings of this device.
@@ -163,7 +164,7 @@ def pair_logistic_loss(
 
     Returns:
       (loss, metrics). Metrics: genuine, impostor: how many pairs {a, b}; loss_genuine, loss_impostor: the two means;
-      accuracy: mean of the shares of genuine pairs with z > 0 and of impostor pairs with z ≤ 0, over the kinds there are.
+      accuracy: mean of the shares of genuine pairs with z > 0 and impostor pairs with z ≤ 0, over the kinds there are.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -209,7 +210,7 @@ def init_pair_logistic(dim: int) -> dict[str, Array]:
     return {"weights": jnp.full(dim, -1.0, jnp.float32), "bias": jnp.ones((), jnp.float32)}
 
 
-# One triplet an anchor and round: sums, and their derivative ------------------------------------------------------------
+# --- Listed triplets: sums, and their derivative
 
 
 @jax.custom_vjp
@@ -273,7 +274,7 @@ def _all_valid(layout: mining.Layout, distance: Array) -> tuple[Array, Array, Ar
     return positives * negatives, d_ap, d_an
 
 
-# The global batch ---------------------------------------------------------------------------------------------------------
+# --- The global batch
 
 
 def _check(emb: Array, identity: Array, margin: float | Array) -> None:
@@ -315,7 +316,7 @@ def _kinds(row: Array, identities: Array) -> tuple[Array, Array]:
 
 
 def _means_by_kind(masks, values, axis_name):
-    """For each kind of pair, the global mean of each value over the kind's pairs, 0 without any; and the pairs {a, b}."""
+    """For each kind of pair, the global mean of each value over its pairs, 0 without any; and how many pairs {a, b}."""
     dtype = values[0]["loss"].dtype
     sums = [
         (

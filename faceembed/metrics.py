@@ -10,6 +10,7 @@ FAR is the share of impostor pairs accepted (FMR), TAR the share of genuine pair
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from statistics import NormalDist
 from typing import Literal
@@ -53,7 +54,9 @@ def _checked(scores: ArrayLike, same: ArrayLike, *, classes: str = "both") -> tu
     s, y = s.astype(np.float64), y.astype(bool)
     bad = np.flatnonzero(~np.isfinite(s))
     if len(bad):
-        raise ValueError(f"{len(bad)} scores are not finite, first at rows {bad[:5].tolist()}: remove or fix these pairs.")
+        raise ValueError(
+            f"{len(bad)} scores are not finite, first at rows {bad[:5].tolist()}: fix or drop these pairs."
+        )
     if classes == "both" and (y.all() or not y.any()):
         found = "no pairs" if not len(y) else f"{len(y)} pairs, all {'genuine' if y[0] else 'impostor'}"
         raise ValueError(f"{found}: this metric needs at least one genuine and one impostor pair.")
@@ -178,7 +181,7 @@ def eer(scores: ArrayLike, same: ArrayLike) -> float:
             hull.pop()
         hull.append((f, t))
     genuine, impostor = int(true[-1]), int(false[-1])
-    for (f0, t0), (f1, t1) in zip(hull, hull[1:], strict=False):
+    for (f0, t0), (f1, t1) in itertools.pairwise(hull):
         # FAR - FNMR in units of 1 / (genuine × impostor): exact integers, rising from negative to positive.
         before = f0 * genuine - (genuine - t0) * impostor
         after = f1 * genuine - (genuine - t1) * impostor

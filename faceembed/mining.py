@@ -1,4 +1,4 @@
-"""Which triplets: online mining over the global layout.
+"""Which triplets: online mining over the global batch.
 
 An anchor A, a positive P (another photo of the same person) and a negative N (a photo of somebody else) form a
 *valid* triplet. Nothing is promised about a batch: ids in any order, any number of photos a person, singletons.
@@ -23,13 +23,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+BLOCK = 2**20
+"""Distances that `hardest` looks at together: 4 MiB of float32."""
+
 
 class Layout(NamedTuple):
-    """Who is where: the anchors of this device in the global layout.
+    """Who is where: the anchors of this device in the global batch.
 
     Attributes:
       row: [b] int32 global index of each anchor.
-      identity: [B] int person ids of the global layout.
+      identity: [B] int person ids of the global batch.
       order: [B] int32 global indices sorted by person, ties by index: the photos of a person stand together.
       start: [b] int32, where the anchor's person starts in `order`.
       photos: [b] int32, how many photos the anchor's person has, the anchor included.
@@ -73,7 +76,7 @@ class Layout(NamedTuple):
 
 
 def varying_zeros(layout: Layout, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
-    """[b, *shape] zeros to start a loop with, made from `row`: shard_map's type check then knows that devices differ."""
+    """[b, *shape] zeros to start a loop with: made from `row`, they vary over devices for shard_map's type check."""
     zero = jnp.where(layout.row >= 0, jnp.zeros((), dtype), jnp.ones((), dtype))
     return jnp.broadcast_to(zero.reshape(-1, *(1 for _ in shape)), (*zero.shape, *shape))
 
@@ -128,9 +131,9 @@ def squared_distances(rows: Array, columns: Array) -> Array:
     Returns:
       [m, n], in the dtype of the arguments.
     """
-    # HIGHEST: a GPU would otherwise round the factors to TF32's 10 bits.
     # Only sums after the product: a compiler that copies this into two loops has no multiplication to fuse into one of
     # them, so both get the same bits, and a minimum is found again by equality.
+    # HIGHEST: a GPU would otherwise round the factors to TF32's 10 bits.
     product = jnp.matmul(-2 * rows, columns.T, precision=lax.Precision.HIGHEST)
     distance = jnp.sum(rows * rows, 1)[:, None] + jnp.sum(columns * columns, 1)[None, :] + product
     return distance - lax.stop_gradient(jnp.minimum(distance, 0))
@@ -138,7 +141,7 @@ def squared_distances(rows: Array, columns: Array) -> Array:
 
 def _first(found: Array) -> Array:
     """[m] int32: the lowest column that is True in each row of [m, n] bool; n-1 where none is, as with NaN."""
-    # Much faster on a CPU than argmax, which XLA does not vectorise.
+    # Faster on a CPU than argmax, which XLA does not vectorise.
     column = jnp.arange(found.shape[1], dtype=jnp.int32)[None, :]
     return jnp.min(jnp.where(found, column, found.shape[1] - 1), axis=1)
 
@@ -159,15 +162,35 @@ def random(layout: Layout, anchors: Array, everyone: Array, key: Array) -> Tripl
 
 def hardest(layout: Layout, anchors: Array, everyone: Array, key: Array | None = None) -> Triplets:
     """Batch hard: the farthest positive and the closest negative of each anchor (Hermans et al. 2017, eq. 5)."""
-    distance = squared_distances(anchors, everyone)
-    different = layout.is_different()
-    positive = jnp.where(different | layout.is_self(), -jnp.inf, distance)
-    negative = jnp.where(different, distance, jnp.inf)
-    return _one_round(
-        layout,
-        _first(positive == jnp.max(positive, 1, keepdims=True)),
-        _first(negative == jnp.min(negative, 1, keepdims=True)),
-    )
+    size = everyone.shape[0]
+    # The distances are met a block of columns at a time, while they are in cache: 5 times as fast as going through
+    # memory at B=4096 on two cores.
+    width = min(size, max(1, BLOCK // anchors.shape[0]))
+    person = layout.identity[layout.row]
+
+    def improve(i: Array, best: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        far, positive, near, negative = best
+        # The last block reaches back over columns already seen, which a strict comparison then leaves as they are.
+        first = jnp.minimum(i * width, size - width)
+        column = first + jnp.arange(width, dtype=jnp.int32)
+        distance = squared_distances(anchors, lax.dynamic_slice_in_dim(everyone, first, width))
+        different = person[:, None] != lax.dynamic_slice_in_dim(layout.identity, first, width)[None, :]
+        of_same = jnp.where(different | (layout.row[:, None] == column), -jnp.inf, distance)
+        of_other = jnp.where(different, distance, jnp.inf)
+        farthest, closest = jnp.max(of_same, 1), jnp.min(of_other, 1)
+        farther, closer = farthest > far, closest < near
+        return (
+            jnp.where(farther, farthest, far),
+            jnp.where(farther, first + _first(of_same == farthest[:, None]), positive),
+            jnp.where(closer, closest, near),
+            jnp.where(closer, first + _first(of_other == closest[:, None]), negative),
+        )
+
+    infinity = varying_zeros(layout, (), anchors.dtype) + jnp.inf
+    index = varying_zeros(layout, (), jnp.int32)
+    blocks = -(-size // width)
+    _, positive, _, negative = lax.fori_loop(0, blocks, improve, (-infinity, index, infinity, index))
+    return _one_round(layout, positive, negative)
 
 
 def _one_round(layout: Layout, positive: Array, negative: Array) -> Triplets:
@@ -195,7 +218,7 @@ def semi_hard(layout: Layout, anchors: Array, everyone: Array, key: Array | None
         chosen = layout.valid & (p >= 0)
         return listed[0].at[r].set(jnp.where(chosen, p, -1)), listed[1].at[r].set(jnp.where(chosen, n, -1))
 
-    shape = (layout.identity.shape[0] - 1, layout.row.shape[0])
+    shape = (max(1, layout.identity.shape[0] - 1), layout.row.shape[0])
     empty = jnp.swapaxes(varying_zeros(layout, shape[:1], jnp.int32), 0, 1)
     positive, negative_index = lax.fori_loop(0, layout.rounds, fill, (empty, empty))
     return Triplets(positive, negative_index, layout.rounds)

@@ -15,7 +15,15 @@ import numpy as np
 
 from faceembed import metrics
 
-__all__ = ["format_interval", "format_operating_point", "format_percent", "format_rate", "jsonable", "table", "write_json"]
+__all__ = [
+    "format_interval",
+    "format_operating_point",
+    "format_percent",
+    "format_rate",
+    "jsonable",
+    "table",
+    "write_json",
+]
 
 
 def format_percent(rate: float, *, digits: int = 2) -> str:

@@ -47,9 +47,9 @@ def _people(person_a: ArrayLike, person_b: ArrayLike, n: int) -> tuple[NDArray[n
 def dyadic_variance(residual: ArrayLike, person_a: ArrayLike, person_b: ArrayLike) -> float:
     """Variance of a mean over pairs, robust to any dependence between pairs that share a person.
 
-    Var = (1/N²) Σ r_p r_q over all ordered (p, q), p = q included, whose pairs have a person in common. It is computed in
-    O(N log N): the squared sums of each person's residuals count two pairs once for each person they share, and the squared
-    sums of each couple's residuals take off what was counted twice.
+    Var = (1/N²) Σ r_p r_q over all ordered (p, q), p = q included, whose pairs have a person in common. It takes
+    O(N log N): the squared sums of each person's residuals count two pairs once for each person they share, and the
+    squared sums of each couple's residuals take off what was counted twice.
 
     Args:
       residual: [n] float: each pair's value less the mean.

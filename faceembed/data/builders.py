@@ -1,6 +1,6 @@
 """Photographs from archives into array_record, once, by TFDS builders that need no TensorFlow.
 
-    DATA_DIR/celeba/1.0.0/celeba-all.array_record-00000-of-00001 …   what TFDS reads
+    DATA_DIR/celeba/1.0.0/celeba-photos.array_record-00000-of-00001 …   what TFDS reads
     DATA_DIR/celeba/index.npz       keys, identity, people, and the record of each photo
     DATA_DIR/celeba/index.json      version, square, and the hash of the contents
     DATA_DIR/celeba/problems.json   everything that was left out, or kept though odd
@@ -8,6 +8,7 @@
 A set is built beside its place and moved there when it is complete.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -122,7 +123,9 @@ def prepare(
     try:
         gathered = _Gathered(photos)
         builder = BUILDERS[name](photos=gathered, data_dir=workshop, version=VERSION)
-        with _quiet_tfds():
+        # One bar, ours, on stderr; TFDS would add four and a banner.
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(
                 file_format="array_record",
                 download_config=tfds.download.DownloadConfig(compute_stats="skip", try_download_gcs=False),
@@ -250,7 +253,7 @@ class CelebA(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {"all": self._generate_examples()}
+        return {"photos": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from self._photos
@@ -270,7 +273,7 @@ class LFW(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return _dataset_info(self, "Labeled Faces in the Wild (Huang et al. 2007), deep-funneled.", LFW_URL)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {"all": self._generate_examples()}
+        return {"photos": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from self._photos
@@ -283,7 +286,7 @@ def _write_index(built: Path, gathered: _Gathered, problems: list[Problem], squa
     """Adds index.npz, index.json and problems.json; TFDS shuffles records, so their keys are read back."""
     order, keys, identity, people = sources.arrange(gathered.keys, gathered.owners)
     records = tfds.builder_from_directory(built / VERSION).as_data_source(
-        split="all", decoders={"image": tfds.decode.SkipDecoding()}
+        split="photos", decoders={"image": tfds.decode.SkipDecoding()}
     )
     record_of = {record["key"].decode(): number for number, record in enumerate(records)}
     problems += sources.lonely(identity, people, f"{name}/")
@@ -517,9 +520,3 @@ def _lfw_lists(
     if pairs_dir is not None and not found:
         raise FileNotFoundError(f"none of {', '.join((*LFW_LISTS, *LFW_OPTIONAL))} is in {folder}. Check --pairs-dir.")
     return found
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Our one bar instead of several of TFDS's."""
-    shown = tqdm_utils_enabled()

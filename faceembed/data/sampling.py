@@ -106,7 +106,7 @@ class Sampler:
         owner = np.repeat(np.arange(len(person)), count)
         offset = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
         photo = self.order[self.start[person][owner] + offset]
-        shuffled = photo[np.lexsort((_draw(self.seed, 2, cycle[owner], photo), owner))]
+        shuffled = photo[np.lexsort((draw(self.seed, 2, cycle[owner], photo), owner))]
         # `shuffled` holds each person's photos in this cycle's order; a visit is a window that wraps around.
         place = (offset - turn[owner] * self.photos) % count[owner]
         keep = place < amount[owner]
@@ -142,7 +142,7 @@ def make_sampler(
     order = np.argsort(identity, kind="stable").astype(np.int64)
     _, start, count = np.unique(identity[order], return_index=True, return_counts=True)
     alone = order[start[count == 1]]
-    alone = alone[np.argsort(_draw(seed, 0, 0, alone), kind="stable")]
+    alone = alone[np.argsort(draw(seed, 0, 0, alone), kind="stable")]
     start, count = start[count > 1], count[count > 1]
     if not len(count):
         raise ValueError(f"all {len(alone)} people have one photo: no anchor has a positive. Add photos of the same people.")
@@ -208,12 +208,12 @@ def share(index: np.ndarray, process: int, processes: int) -> np.ndarray:
 @functools.lru_cache(maxsize=4)
 def _epoch(sampler: Sampler, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """An epoch's list: people, photos each gives, and photos given before each; [m] int64 each."""
-    listed = np.argsort(_draw(sampler.seed, 1, epoch, np.arange(len(sampler.count))), kind="stable")
+    listed = np.argsort(draw(sampler.seed, 1, epoch, np.arange(len(sampler.count))), kind="stable")
     gives = np.minimum(sampler.count[listed], sampler.photos)
     return listed, gives, np.cumsum(gives) - gives
 
 
-def _draw(*words: Any) -> np.ndarray:
+def draw(*words: Any) -> np.ndarray:
     """Uniform uint64, a function of the words (int or int arrays that broadcast)."""
     state = np.zeros(np.broadcast_shapes(*(np.shape(word) for word in words)), np.uint64)
     for word in words:

@@ -210,7 +210,7 @@ class _Records:
                 import tensorflow_datasets as tfds
 
                 builder = tfds.builder_from_directory(self._folder)
-                self._source = builder.as_data_source(split="all", decoders={"image": tfds.decode.SkipDecoding()})
+                self._source = builder.as_data_source(split="photos", decoders={"image": tfds.decode.SkipDecoding()})
         return self._source[record]["image"]
 
 

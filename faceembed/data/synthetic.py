@@ -37,8 +37,8 @@ IDENTITY_RANGES: dict[str, tuple[float, float]] = {
     "head_width": (0.64, 0.76),
     "head_height": (0.90, 1.04),
     "head_depth": (0.82, 0.95),
-    "jaw_taper": (0.1, 0.4),
-    "jaw_square": (-0.02, 0.09),
+    "jaw_taper": (0.08, 0.34),
+    "jaw_square": (-0.02, 0.11),
     "chin": (-0.02, 0.10),
     "forehead": (-0.03, 0.06),
     "cheekbone": (0.0, 0.09),
@@ -98,7 +98,7 @@ IDENTITY_RANGES: dict[str, tuple[float, float]] = {
 }
 
 PHOTO_RANGES: dict[str, tuple[float, float]] = {
-    "yaw": (-0.55, 0.55),
+    "yaw": (-0.5, 0.5),
     "pitch": (-0.28, 0.28),
     "roll": (-0.20, 0.20),
     "shift_x": (-0.12, 0.12),
@@ -136,7 +136,7 @@ PHOTO_RANGES: dict[str, tuple[float, float]] = {
     "exposure": (-0.5, 0.5),
     "contrast": (0.8, 1.2),
     "blur": (0.2, 0.95),
-    "noise": (0.0, 0.04),
+    "noise": (0.0, 0.03),
 }
 
 MOLES = 3
@@ -420,8 +420,10 @@ def draw(who: Pytree, how: Pytree, texture: jax.Array, size: int) -> jax.Array:
     u = u + jnp.where(near, who["skin_u"], how["texture_u"])
     v = v + jnp.where(near, who["skin_v"], how["texture_v"])
     grain = _look_up(texture, u, v)
-    loose = 0.03 * grain * who["hair_volume"] / 0.17
-    head = _step(0.8 * pixel - least + jnp.where(in_hair, loose - 0.02, 0.0), 0.8 * pixel)
+    # Loose strands: the outline of the hair, not its inside, is ragged.
+    outlying = jnp.where(in_hair, jnp.clip(1.0 - depth / 0.25, 0.0, 1.0), 0.0)
+    ragged = outlying * (0.03 * grain - 0.02) * who["hair_volume"] / 0.17
+    head = _step(0.8 * pixel - least + ragged, 0.8 * pixel)
 
     # --- skin and the features painted on it -----------------------------------------------------------------------
     soft = 1.1 * pixel

@@ -1,5 +1,6 @@
 """Encoders: pure functions from normalised images [b, h, w, 3] to unit-length embeddings [b, d]."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -36,8 +37,11 @@ def make_encoder(name: str, *, dim: int | None = None, dtype: str = "float32", *
     """
     if name not in ENCODERS:
         raise ValueError(f"no encoder is called {name!r}; choose one of {', '.join(ENCODERS)}.")
-    if dtype not in ("float32", "bfloat16"):
+    if dtype not in ("float32", "bfloat16", "float64"):
         raise ValueError(f"an encoder computes in float32 or bfloat16, not {dtype!r}; try dtype='float32'.")
+    known = inspect.signature(ENCODERS[name]).parameters.keys() - {"parent", "name"}
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
     if dim is not None:
         if dim < 1:
             raise ValueError(f"an embedding has dim {dim}, but it needs at least one number; try dim=128.")

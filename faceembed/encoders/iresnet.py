@@ -86,9 +86,7 @@ class IResNet(nn.Module):
     @nn.compact
     def _forward(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         def norm(name: str, dtype: layers.Dtype, use_scale: bool = True) -> nn.BatchNorm:
-            return layers.batch_norm(
-                name=name, train=train, dtype=dtype, axis_name=self.axis_name, use_scale=use_scale
-            )
+            return layers.batch_norm(name=name, train=train, dtype=dtype, axis_name=self.axis_name, use_scale=use_scale)
 
         layers.check_images(images)
         x = layers.Conv3x3(64, 1, self.dtype, kernel_init=_conv_init, name="stem_conv")(images)

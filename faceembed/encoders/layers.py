@@ -42,7 +42,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, strides: int, padding: int, group
 
 
 def _shifted(x: jax.Array, strides: int) -> list[jax.Array]:
-    """The nine views of x [b, h, w, c] that a padded 3×3 window reads, each [b, ceil(h/s), ceil(w/s), c], row by row."""
+    """The nine views of x [b, h, w, c] that a padded 3×3 window reads, row by row, [b, ceil(h/s), ceil(w/s), c]."""
     _, height, width, _ = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return [x[:, i : i + height : strides, j : j + width : strides, :] for i in range(3) for j in range(3)]

@@ -93,13 +93,15 @@ class Head:
             )
         if fields["feature"] not in FEATURES:
             raise ValueError(f"a head reads {fields['feature']!r}, which is not one of {sorted(FEATURES)}.")
-        head = cls(**{**fields, "weight": tuple(float(w) for w in fields["weight"])})
+        numbers = {name: float(fields[name]) for name in ("intercept", "threshold")}
+        head = cls(**{**fields, **numbers, "weight": tuple(float(w) for w in fields["weight"])})
         if not np.isfinite([*head.weight, head.intercept, head.threshold]).all():
             raise ValueError(f"the {head.name} head holds a number that is not finite: it is damaged, fit it again.")
         expected = FEATURES[head.feature](np.ones((1, head.dim)), np.zeros((1, head.dim))).shape[1]
         if len(head.weight) != expected:
             raise ValueError(
-                f"the {head.name} head has {len(head.weight)} weights where {expected} belong: it is damaged, fit it again."
+                f"the {head.name} head has {len(head.weight)} weights where {expected} belong: it is damaged, "
+                "fit it again."
             )
         return head
 
@@ -132,7 +134,7 @@ def logistic_distance(pairs: EmbeddedPairs) -> Head:
     return _logistic("logistic_distance", "squared_distance", pairs, 1e4, "fixed")
 
 
-GRID = tuple(float(c) for c in np.logspace(-5, 1, 13))
+GRID = tuple(10.0**k for k in range(-5, 2))
 """Candidates for the C of `logistic_abs`, on standardised features."""
 
 FOLDS = 5
@@ -141,10 +143,11 @@ FOLDS = 5
 def logistic_abs(pairs: EmbeddedPairs) -> Head:
     """Logistic regression on |f(a) - f(b)| with an L2 penalty, C chosen inside the training pairs.
 
-    Each C of `GRID` is fitted on the pairs of four folds that share no person with the fifth (`protocols.deal_folds` and
-    `splits`), and scored by the Cllr of the held-out log-likelihood ratios, pooled over the folds; Cllr because folds by
-    person differ in their share of genuine pairs. The smallest C (the strongest penalty) wins a tie. The head is then
-    fitted on all training pairs. Without people, folds are of pairs; with too few of either, C is 0.01, and `note` says so.
+    Each C of `GRID` is fitted on the pairs of four folds that share no person with the fifth (`protocols.deal_folds`
+    and `splits`), and scored by the Cllr of the held-out log-likelihood ratios, pooled over the folds; Cllr because
+    folds by person differ in their share of genuine pairs. The smallest C (the strongest penalty) wins a tie. The head
+    is then fitted on all training pairs. Without people, folds are of pairs; with too few of either, C is 0.01. `note`
+    says which it was.
 
     References:
       Taigman et al., "DeepFace" (2014), section 4.2, for a learned metric in this place; the logistic unit on the
@@ -208,7 +211,7 @@ def _log_prior_odds(same: NDArray[np.bool_]) -> float:
 
 
 def _solve(x: Floats, same: NDArray[np.bool_], grid: tuple[float, ...]) -> list[tuple[Floats, float]]:
-    solver = LogisticRegression(solver="lbfgs", max_iter=5000, tol=1e-6, warm_start=True)
+    solver = LogisticRegression(solver="lbfgs", max_iter=5000, tol=1e-5, warm_start=True)
     found = []
     for c in grid:
         solver.set_params(C=c).fit(x, same)
@@ -227,7 +230,7 @@ def _logistic(name: str, feature: str, pairs: EmbeddedPairs, c: float, note: str
         weight=tuple(weight.tolist()),
         intercept=float(bias - mean @ weight - prior),
         # A posterior of one half at the training pairs' own prior: what "most correct" means for a likelihood.
-        threshold=-prior,
+        threshold=0.0 - prior,
         calibrated=True,
         dim=pairs.a.shape[1],
         regularisation=c,

@@ -83,7 +83,7 @@ def given_folds(pairs: EmbeddedPairs, fold: ArrayLike) -> Ints:
     """
     f = np.asarray(fold)
     if f.shape != (len(pairs),):
-        raise ValueError(f"folds has shape {f.shape} for {len(pairs)} pairs: give one fold a pair, or a number of folds.")
+        raise ValueError(f"folds has shape {f.shape} for {len(pairs)} pairs: give one a pair, or a number of folds.")
     if not np.issubdtype(f.dtype, np.integer):
         raise ValueError(f"folds are {f.dtype}: give integers, one a pair.")
     labels, index = np.unique(f, return_inverse=True)
@@ -130,7 +130,7 @@ def shared_people(train: EmbeddedPairs, test: EmbeddedPairs) -> list[Any]:
     here = np.concatenate([test.people_a, test.people_b])
     if (there.dtype.kind in "iu") != (here.dtype.kind in "iu"):
         raise ValueError(
-            f"training people are {there.dtype} and tested people {here.dtype}: they cannot be compared, so nobody could "
-            "tell whether some are in both. Use names, or numbers of one list, in both."
+            f"training people are {there.dtype} and tested people {here.dtype}: they cannot be compared, so nobody "
+            "could tell whether some are in both. Use names, or numbers of one list, in both."
         )
     return np.intersect1d(there, here).tolist()

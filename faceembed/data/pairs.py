@@ -1,0 +1,306 @@
+"""Verification lists: pairs of photos, and whether they show the same person."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from faceembed.data import sampling, sources, splits
+from faceembed.data.sources import Photos
+
+LFW_LISTS = {"view1_train": "pairsDevTrain.txt", "view1_test": "pairsDevTest.txt", "view2": "pairs.txt"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Pairs:
+    """Pairs of photos by key."""
+
+    key_a: np.ndarray
+    """[n] str, keys of `Photos`."""
+    key_b: np.ndarray
+    """[n] str."""
+    same: np.ndarray
+    """[n] bool, whether both show one person (genuine) or two (impostor)."""
+    fold: np.ndarray | None = None
+    """[n] int32, 0 to folds - 1, where the list comes in folds."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(column) for column in (self.key_a, self.key_b, self.same, self.fold) if column is not None}
+        if len(lengths) != 1:
+            raise ValueError(f"columns of pairs have different lengths: {sorted(lengths)}.")
+
+    def __len__(self) -> int:
+        return len(self.same)
+
+
+def load_pairs(
+    spec: str, *, data_dir: Path | str | None = None, split: str = "report", n: int = 4000, seed: int = 0
+) -> tuple[Pairs, Photos]:
+    """The pairs a name stands for, and the photos they are of.
+
+    Args:
+      spec: "lfw:view1_train", "lfw:view1_test", "lfw:view2", "csv:FILE" or "heldout:SOURCE".
+      data_dir: where prepared sets are kept; None is `sources.default_data_dir()`.
+      split: of "heldout:" alone, whose people: train, select, calibrate or report.
+      n: of "heldout:" alone, pairs at most.
+      seed: of "heldout:" alone.
+
+    Raises:
+      ValueError: if there is no such list, or it is malformed (the line is named).
+      FileNotFoundError: if the set is not prepared, or lacks the list.
+    """
+    kind, _, rest = spec.partition(":")
+    directory = sources.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    if kind == "lfw" and rest in LFW_LISTS:
+        return _lfw(rest, directory)
+    if kind == "csv" and rest:
+        return read_csv(Path(rest).expanduser())
+    if kind == "heldout" and rest:
+        photos = sources.open_source(rest, data_dir=directory)
+        return heldout(photos, split, seed=seed, n=n), photos
+    known = ", ".join(f"lfw:{view}" for view in LFW_LISTS)
+    raise ValueError(f"pairs {spec!r} is none of {known}, csv:FILE, heldout:SOURCE. Try --pairs lfw:view1_test.")
+
+
+def resolve(pairs: Pairs, photos: Photos) -> tuple[np.ndarray, np.ndarray]:
+    """Where each pair's photos are.
+
+    Returns:
+      (index_a, index_b): [n] int32 into `photos`.
+
+    Raises:
+      ValueError: naming keys that `photos` does not have, or a pair whose `same` contradicts the photos' people.
+    """
+    place = {str(key): index for index, key in enumerate(photos.keys)}
+    missing = sorted({str(key) for key in (*pairs.key_a, *pairs.key_b)} - place.keys())
+    if missing:
+        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise ValueError(
+            f"{len(missing)} photos of the pairs are not in {photos.source}: {shown}. The list and the photos must be of "
+            f"one set; see python launch.py data info {photos.source} for what was left out."
+        )
+    a, b = (np.array([place[str(key)] for key in keys], np.int32) for keys in (pairs.key_a, pairs.key_b))
+    wrong = np.flatnonzero((photos.identity[a] == photos.identity[b]) != pairs.same)
+    if len(wrong):
+        first = wrong[0]
+        raise ValueError(
+            f"{len(wrong)} pairs contradict {photos.source}, first {pairs.key_a[first]} and {pairs.key_b[first]}: the list "
+            f"says {'the same person' if pairs.same[first] else 'two people'}. Is it the list of another set?"
+        )
+    return a, b
+
+
+def heldout(photos: Photos, split: str, *, seed: int = 0, n: int = 4000, cap: int = 10) -> Pairs:
+    """As many genuine as impostor pairs among people of one part of the split.
+
+    People are weighted, not pairs: in turn everybody gives a genuine pair, then everybody who can gives a second, up to
+    `cap`, so that nobody with hundreds of photos dominates. Impostor pairs go round in the same way: in each round
+    everybody is paired with somebody drawn anew. No pair comes twice.
+
+    Args:
+      photos: any.
+      split: "train", "select", "calibrate" or "report"; see `splits.split_of`.
+      seed: decides the draw.
+      n: pairs at most; fewer come where the people have no more.
+      cap: genuine pairs of one person at most.
+
+    Raises:
+      ValueError: if the part has no genuine or no impostor pair.
+    """
+    if split not in splits.SHARES:
+        raise ValueError(f"split is {split!r}: expected one of {', '.join(splits.SHARES)}.")
+    people = np.flatnonzero(splits.split_of(photos.people) == split)
+    begin = np.searchsorted(photos.identity, people)
+    count = np.searchsorted(photos.identity, people, side="right") - begin
+
+    turns: list[tuple[int, int, int, int]] = []  # (turn, order within it, photo, photo)
+    for person in np.flatnonzero(count > 1):
+        i, j = np.triu_indices(count[person], 1)
+        pick = np.argsort(sampling.draw(seed, 10, people[person], i, j), kind="stable")[:cap]
+        order = int(sampling.draw(seed, 11, [people[person]])[0])
+        turns += [
+            (turn, order, int(begin[person] + i[pair]), int(begin[person] + j[pair])) for turn, pair in enumerate(pick)
+        ]
+    genuine = [(a, b) for _, _, a, b in sorted(turns)[: n // 2]]
+
+    # A few rounds beyond what is needed find the last unused pairs of a small set; then there are none worth the search.
+    impostor: dict[tuple[int, int], None] = {}
+    rounds = 2 * len(genuine) // max(1, len(people) // 2) + 20
+    for turn in range(rounds if len(people) > 1 else 0):
+        around = np.argsort(sampling.draw(seed, 12, turn, people), kind="stable")
+        photo = begin + (sampling.draw(seed, 13, turn, people) % count.astype(np.uint64)).astype(np.int64)
+        half = len(around) // 2
+        for a, b in zip(photo[around[:half]], photo[around[half : 2 * half]], strict=True):
+            impostor[int(min(a, b)), int(max(a, b))] = None
+
+    number = min(len(genuine), len(impostor))
+    if not number:
+        raise ValueError(
+            f"{split} people of {photos.source} make no balanced pairs: {len(people)} people, {int((count > 1).sum())} "
+            "of them with two photos or more. A larger set is needed."
+        )
+    chosen = np.array(genuine[:number] + list(impostor)[:number])
+    return Pairs(
+        key_a=photos.keys[chosen[:, 0]], key_b=photos.keys[chosen[:, 1]], same=np.arange(2 * number) < number
+    )  # fmt: skip
+
+
+def read_lfw_pairs(path: Path) -> Pairs:
+    """LFW's pairs files.
+
+    View 1 (pairsDevTrain.txt, pairsDevTest.txt): a count N, then N genuine lines `name i j` and N impostor lines
+    `name1 i name2 j`. View 2 (pairs.txt): `folds N`, then the same for each fold.
+
+    Raises:
+      ValueError: naming the line that does not fit.
+    """
+    lines = [line.split() for line in path.read_text().splitlines()]
+    while lines and not lines[-1]:
+        lines.pop()
+    head = lines[0] if lines else []
+    if len(head) not in (1, 2) or not all(word.isdigit() for word in head):
+        raise ValueError(f"{path}, line 1: {' '.join(head)!r} is no count: expected N (View 1), or FOLDS N (View 2).")
+    folds, number = (1, int(head[0])) if len(head) == 1 else (int(head[0]), int(head[1]))
+    if len(lines) != 1 + 2 * folds * number:
+        raise ValueError(
+            f"{path} has {len(lines) - 1} pairs where line 1 promises {2 * folds * number}. Was it cut off? Get it again."
+        )
+    keys: list[tuple[str, str]] = []
+    same = np.arange(2 * folds * number) // number % 2 == 0
+    for line_number, (words, genuine) in enumerate(zip(lines[1:], same, strict=True), 2):
+        form = "name i j" if genuine else "name1 i name2 j"
+        if len(words) != len(form.split()) or not all(word.isdigit() for word in (words[1], words[-1])):
+            raise ValueError(f"{path}, line {line_number}: {' '.join(words)!r} is not of the form {form}.")
+        keys.append((_lfw_key(words[0], words[1]), _lfw_key(words[-2] if not genuine else words[0], words[-1])))
+    a, b = np.array(keys, str).reshape(-1, 2).T
+    fold = np.repeat(np.arange(folds, dtype=np.int32), 2 * number) if len(head) == 2 else None
+    return Pairs(key_a=a, key_b=b, same=same, fold=fold)
+
+
+def read_lfw_people(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """LFW's people lists: a count, then `name photos` lines; View 2's people.txt has folds of that.
+
+    Returns:
+      (people [m] str, photos of each [m] int32, fold [m] int32 or None).
+
+    Raises:
+      ValueError: naming the line that does not fit.
+    """
+    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+
+    def number(at: int) -> int:
+        if at >= len(lines) or len(lines[at]) != 1 or not lines[at][0].isdigit():
+            found = " ".join(lines[at]) if at < len(lines) else "the end of the file"
+            raise ValueError(f"{path}, line {at + 1}: found {found!r} where a count of people is due.")
+        return int(lines[at][0])
+
+    # people.txt: the number of folds, then each fold's own count and people.
+    in_folds = len(lines) > 1 and len(lines[1]) == 1
+    folds, at = (number(0), 1) if in_folds else (1, 0)
+    people: list[str] = []
+    photos: list[int] = []
+    fold: list[int] = []
+    for part in range(folds):
+        size = number(at)
+        for line in range(at + 1, at + 1 + size):
+            if line >= len(lines) or len(lines[line]) != 2 or not lines[line][1].isdigit():
+                found = " ".join(lines[line]) if line < len(lines) else "the end of the file"
+                raise ValueError(f"{path}, line {line + 1}: found {found!r} where a name and a number of photos are due.")
+            people.append(lines[line][0])
+            photos.append(int(lines[line][1]))
+            fold.append(part)
+        at += 1 + size
+    if at != len(lines):
+        raise ValueError(f"{path}, line {at + 1}: {len(lines) - at} lines more than the counts promise.")
+    return np.array(people, str), np.array(photos, np.int32), np.array(fold, np.int32) if in_folds else None
+
+
+def read_csv(path: Path) -> tuple[Pairs, Photos]:
+    """A list of one's own: columns a, b (image files, relative to the list) and same (1 or 0), and fold if wanted.
+
+    Who the people are follows from the pairs: photos joined by genuine pairs, directly or through others, show one person.
+
+    Raises:
+      ValueError: naming the line that does not fit, or an impostor pair whose photos are joined.
+      FileNotFoundError: naming images that are not there.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        rows = list(reader)
+    if not {"a", "b", "same"} <= set(columns):
+        raise ValueError(f"{path}, line 1: columns are {', '.join(columns)}; expected a,b,same (and fold, if in folds).")
+    if not rows:
+        raise ValueError(f"{path} has no pair: expected lines like anna/1.jpg,anna/2.jpg,1.")
+    same, fold = [], []
+    leader: dict[str, str] = {}
+
+    def lead(key: str) -> str:
+        leader.setdefault(key, key)
+        while leader[key] != key:
+            leader[key] = leader[leader[key]]
+            key = leader[key]
+        return key
+
+    for line, row in enumerate(rows, 2):
+        truth = {"1": True, "true": True, "0": False, "false": False}.get((row["same"] or "").strip().lower())
+        if truth is None or not row["a"] or not row["b"]:
+            raise ValueError(f"{path}, line {line}: same is {row['same']!r} and the photos {row['a']!r} and {row['b']!r}; "
+                             "expected two files, and 1 (same person) or 0.")  # fmt: skip
+        if "fold" in columns and not (row["fold"] or "").isdigit():
+            raise ValueError(f"{path}, line {line}: fold is {row['fold']!r}: expected 0, 1, ….")
+        same.append(truth)
+        fold.append(int(row["fold"]) if "fold" in columns else 0)
+        first, second = sorted((lead(row["a"]), lead(row["b"])))
+        if truth:
+            leader[second] = first
+    for line, (row, truth) in enumerate(zip(rows, same, strict=True), 2):
+        if not truth and lead(row["a"]) == lead(row["b"]):
+            raise ValueError(
+                f"{path}, line {line}: {row['a']} and {row['b']} are two people here, but genuine pairs join them."
+            )
+    missing = [key for key in leader if not (path.parent / key).is_file()]
+    if missing:
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise FileNotFoundError(f"{path}: no such image beside it: {', '.join(missing[:10])}{more}.")
+    _, keys, identity, people = sources.arrange(list(leader), [lead(key) for key in leader])
+    pairs = Pairs(
+        key_a=np.array([row["a"] for row in rows], str),
+        key_b=np.array([row["b"] for row in rows], str),
+        same=np.array(same, bool),
+        fold=np.array(fold, np.int32) if "fold" in columns else None,
+    )
+
+    def read(index: int) -> np.ndarray:
+        try:
+            return sources.decode((path.parent / str(keys[index])).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path.parent / str(keys[index])} does not decode: {error}.") from error
+
+    photos = Photos(
+        source=f"csv:{path}",
+        keys=keys,
+        identity=identity,
+        people=people,
+        read=read,
+        square=None,
+        problems=(),
+        fingerprint=sources.fingerprint_of(keys, people, path.read_text()),
+    )
+    return pairs, photos
+
+
+def _lfw(view: str, data_dir: Path) -> tuple[Pairs, Photos]:
+    photos = sources.open_source("lfw", data_dir=data_dir)
+    path = data_dir / "lfw" / LFW_LISTS[view]
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"lfw was prepared without {path.name}. Get it from LFW's site and copy it to {path.parent}, or prepare again "
+            "with python launch.py data prepare lfw --pairs-dir FOLDER --overwrite."
+        )
+    return read_lfw_pairs(path), photos
+
+
+def _lfw_key(name: str, number: str) -> str:
+    return f"{name}/{name}_{int(number):04d}"
