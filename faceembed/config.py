@@ -63,10 +63,19 @@ class Batch:
 class ConvNet:
     """A small residual network of 3×3 convolutions, for a CPU and 64 px."""
 
-    widths: tuple[int, ...] = (24, 48, 96, 192)
+    widths: tuple[int, ...] = (16, 48, 96, 192)
     """Channels of each stage; every stage halves the resolution."""
+    blocks: tuple[int, ...] = (1, 2, 2, 1)
+    """Residual blocks in each stage."""
     dim: int = 128
     """Numbers in an embedding."""
+
+    def __post_init__(self) -> None:
+        if not self.widths or len(self.widths) != len(self.blocks) or min(*self.widths, *self.blocks) < 1:
+            raise ValueError(
+                f"encoder.widths is {self.widths} and encoder.blocks {self.blocks}: give one of each for every stage, "
+                "1 or more, such as --encoder.widths 16 48 96 192 --encoder.blocks 1 2 2 1."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

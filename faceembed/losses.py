@@ -90,8 +90,7 @@ def triplet_loss(
     all_total, all_in_mean, all_counted, all_valid = _psum(sums, axis_name)
     loss = all_total / jnp.maximum(all_in_mean, 1)
     metrics = {"triplets": all_valid, "active": all_counted / jnp.maximum(all_valid, 1)}
-    for name, value in {"d_ap": d_ap, "d_an": d_an}.items():
-        metrics |= _spread(name, lax.stop_gradient(value), valid > 0, layout, axis_name)
+    metrics |= _spread(lax.stop_gradient({"d_ap": d_ap, "d_an": d_an}), valid > 0, layout, axis_name)
     return loss, lax.stop_gradient(metrics)
 
 
@@ -278,8 +277,8 @@ def _all_valid(layout: mining.Layout, distance: Array) -> tuple[Array, Array, Ar
 
 
 def _check(emb: Array, identity: Array, margin: float | Array) -> None:
-    if emb.ndim != 2 or not jnp.issubdtype(emb.dtype, jnp.floating):
-        raise ValueError(f"emb is {emb.dtype}{list(emb.shape)}; pass float embeddings [b, d].")
+    if emb.ndim != 2 or 0 in emb.shape or not jnp.issubdtype(emb.dtype, jnp.floating):
+        raise ValueError(f"emb is {emb.dtype}{list(emb.shape)}; pass float embeddings [b, d] of at least one photo.")
     if identity.shape != emb.shape[:1] or not jnp.issubdtype(identity.dtype, jnp.integer):
         raise ValueError(
             f"identity is {identity.dtype}{list(identity.shape)} beside emb {list(emb.shape)}; "
@@ -331,20 +330,25 @@ def _means_by_kind(masks, values, axis_name):
     return means, [count / 2 for _, count in sums]
 
 
-def _spread(name: str, value: Array, has: Array, layout: mining.Layout, axis_name: AxisName) -> dict[str, Array]:
-    """Mean and quantiles of [b] values over the anchors of all devices that have one; 0 where there is none."""
+def _spread(values: dict[str, Array], has: Array, layout: mining.Layout, axis_name: AxisName) -> dict[str, Array]:
+    """Mean and quantiles of each [b] value over the anchors of all devices that have one; 0 where there is none."""
+    value = jnp.stack(list(values.values()))
     if axis_name is not None:
         # A sum over slots that are 0 elsewhere gathers exactly, and shard_map knows its result to be equal everywhere.
-        empty = jnp.zeros(layout.identity.shape, value.dtype)
-        value = lax.psum(empty.at[layout.row].set(value), axis_name)
-        has = lax.psum(empty.at[layout.row].set(has.astype(value.dtype)), axis_name) > 0
+        slots = jnp.zeros((len(value) + 1, layout.identity.shape[0]), value.dtype)
+        mine = jnp.concatenate([value, has[None].astype(value.dtype)])
+        gathered = lax.psum(slots.at[:, layout.row].set(mine), axis_name)
+        value, has = gathered[:-1], gathered[-1] > 0
     count = jnp.sum(has, dtype=jnp.int32)
     last = jnp.maximum(count - 1, 0)
-    ranked = jnp.sort(jnp.where(has, value, jnp.inf))
-    out = {f"{name}_mean": jnp.sum(jnp.where(has, value, 0)) / jnp.maximum(count, 1)}
-    for label, q in QUANTILES.items():
-        place = jnp.asarray(q, value.dtype) * last
-        below = jnp.floor(place).astype(jnp.int32)
-        low, high = ranked[below], ranked[jnp.minimum(below + 1, last)]
-        out[f"{name}_{label}"] = jnp.where(count > 0, low + (high - low) * (place - below), 0)
+    place = jnp.asarray(list(QUANTILES.values()), value.dtype) * last
+    below = jnp.floor(place).astype(jnp.int32)
+    ranked = jnp.sort(jnp.where(has, value, jnp.inf), axis=1)
+    low, high = ranked[:, below], ranked[:, jnp.minimum(below + 1, last)]
+    quantile = jnp.where(count > 0, low + (high - low) * (place - below), 0)
+    mean = jnp.sum(jnp.where(has, value, 0), 1) / jnp.maximum(count, 1)
+    out = {}
+    for i, name in enumerate(values):
+        out[f"{name}_mean"] = mean[i]
+        out |= {f"{name}_{label}": quantile[i, j] for j, label in enumerate(QUANTILES)}
     return out

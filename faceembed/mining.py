@@ -149,15 +149,12 @@ def _first(found: Array) -> Array:
 def random(layout: Layout, anchors: Array, everyone: Array, key: Array) -> Triplets:
     """One triplet an anchor: its positive and its negative drawn uniformly, each anchor by (key, its global index)."""
 
-    def draw(row: Array, positives: Array, negatives: Array) -> tuple[Array, Array]:
-        for_positive, for_negative = jax.random.split(jax.random.fold_in(key, row))
-        return (
-            jax.random.randint(for_positive, (), 0, jnp.maximum(positives, 1), jnp.int32),
-            jax.random.randint(for_negative, (), 0, jnp.maximum(negatives, 1), jnp.int32),
-        )
+    def draw(row: Array, choices: Array) -> Array:
+        return jax.random.randint(jax.random.fold_in(key, row), (2,), 0, jnp.maximum(choices, 1), jnp.int32)
 
-    p, n = jax.vmap(draw)(layout.row, layout.photos - 1, layout.identity.shape[0] - layout.photos)
-    return _one_round(layout, layout.positive(p), layout.negative(n))
+    choices = jnp.stack([layout.photos - 1, layout.identity.shape[0] - layout.photos], 1)
+    place = jax.vmap(draw)(layout.row, choices)
+    return _one_round(layout, layout.positive(place[:, 0]), layout.negative(place[:, 1]))
 
 
 def hardest(layout: Layout, anchors: Array, everyone: Array, key: Array | None = None) -> Triplets:

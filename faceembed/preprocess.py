@@ -27,7 +27,7 @@ class Square:
 class Preprocess:
     """How a photo becomes the encoder's input."""
 
-    template: str = "portrait"
+    template: Literal["portrait"] = "portrait"
     """Name of the framing: which part of the head fills the square. Sources give their square for a template."""
     size: int = 64
     """Side of the square the encoder sees, in pixels."""

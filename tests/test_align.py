@@ -31,9 +31,7 @@ def apply(matrix, points):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    seed=st.integers(0, 2**31 - 1), n=st.integers(2, 7), scale=st.floats(0.05, 20), angle=st.floats(-3.14, 3.14)
-)
+@given(seed=st.integers(0, 2**31 - 1), n=st.integers(2, 7), scale=st.floats(0.05, 20), angle=st.floats(-3.14, 3.14))
 def test_a_similarity_is_recovered(seed, n, scale, angle):
     rng = np.random.default_rng(seed)
     src = rng.normal(100, 30, (n, 2))
@@ -108,10 +106,9 @@ def test_warp_with_the_identity_returns_the_photo():
 
 
 def test_shrinking_averages_instead_of_picking_pixels():
-    stripes = np.zeros((400, 400, 3), np.uint8)
-    stripes[:, ::2] = 255
-    out = align.warp(stripes, similarity(1 / 8, 0.0, (0, 0)), (50, 50))
-    assert abs(out.astype(int) - 127).max() <= 6
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)  # standard deviation 74
+    out = align.warp(noise, similarity(1 / 7.3, 0.0, (0, 0)), (50, 50))
+    assert out.std() < 20  # 74 / 7.3 for a box as wide as the shrinking; picking pixels keeps over 40
 
 
 def test_beyond_the_photo_its_edge_continues():
@@ -143,7 +140,7 @@ def test_warp_refuses_what_it_cannot_draw(photo, matrix, message):
 
 
 def maps(*cells):
-    """Hand-made maps of 10×12 cells; a cell is (row, column, score, height, width, dy, dx), lengths in pixels, shifts in cells."""
+    """Hand-made 10×12 maps from (row, column, score, height, width, dy, dx): sides in pixels, shifts in cells."""
     heat, size, offset = np.zeros((10, 12)), np.zeros((2, 10, 12)), np.zeros((2, 10, 12))
     points = np.zeros((10, 10, 12))
     for row, column, score, height, width, dy, dx in cells:
@@ -168,6 +165,7 @@ def test_decode_keeps_the_better_of_overlapping_faces_and_both_of_separate_ones(
     separate = (4, 10, 0.7, 16, 16, 0, 0)  # 20 px from the kept one
     assert [f.score for f in align.decode(*maps(*overlapping, separate), threshold=0.5)] == [0.8, 0.7]
     assert [f.score for f in align.decode(*maps(*overlapping), threshold=0.5, overlap=0.65)] == [0.8, 0.6]
+    assert [f.score for f in align.decode(*maps(*overlapping), threshold=0.5, overlap=0.55)] == [0.8]
     assert [f.score for f in align.decode(*maps(*overlapping, separate), threshold=0.75)] == [0.8]
     assert align.decode(*maps(separate), threshold=0.7) == []
 
@@ -245,8 +243,15 @@ def test_landmarks_of_aligned_photos_are_the_template(real_data):
     faces = [align.detect(photo)[0] for photo in photos_in(real_data / "celeba" / "img_align_celeba_10k.tar", 24)]
     median = np.median([face.landmarks for face in faces], axis=0)
     assert np.linalg.norm(median - align.CELEBA_HALF, axis=1).max() < 1.0
-    assert all((face.box[:2] >= 0).all() and (face.box[2:] <= (89, 109)).all() for face in faces)
     assert all(0.5 < face.score <= 1 for face in faces)
+
+
+@needs_detector
+def test_a_box_ends_where_the_photo_ends(real_data):
+    cut = [photo[:84, 27:] for photo in photos_in(real_data / "celeba" / "img_align_celeba_10k.tar", 6)]
+    faces = [face for photo in cut for face in align.detect(photo)]
+    assert len(faces) >= 4
+    assert all((face.box[:2] >= 0).all() and (face.box[2:] <= (62, 84)).all() for face in faces)
 
 
 @needs_detector
@@ -254,15 +259,16 @@ def test_landmarks_of_aligned_photos_are_the_template(real_data):
 def test_a_moved_face_comes_back(real_data, scale, angle):
     """Aligned photos, turned and enlarged into another photo that is wider than high, come back to where they were."""
     distances = []
-    for original in photos_in(real_data / "celeba" / "img_align_celeba_10k.tar", 6):
+    for original in photos_in(real_data / "celeba" / "img_align_celeba_10k.tar", 12):
         home = align.similarity_transform(align.detect(original)[0].landmarks, align.CELEBA_HALF)
         move = similarity(scale, angle, (0, 0))
         move[:, 2] = np.array([180, 130]) - move[:, :2] @ [44.5, 62]
-        (face, *_) = align.detect(align.warp(original, move, (260, 360)))
+        face = align.detect(align.warp(original, move, (260, 360)))[0]
         back = align.similarity_transform(face.landmarks, align.CELEBA_HALF)
         grid = np.array([[20.0, 40], [70, 40], [20, 90], [70, 90]])
         distances.append(np.linalg.norm(apply(back, apply(move, grid)) - apply(home, grid), axis=1).mean())
-    assert np.median(distances) < 1.5, distances
+    # The detector's own noise is 2.5 px in the median; a mistake in scale, padding or axes costs tens.
+    assert np.median(distances) < 5, distances
 
 
 @needs_detector

@@ -127,6 +127,10 @@ def test_threshold_at_far_counts_in_integers_where_the_product_rounds_down():
     same = scores == 100
     accepted = [int(np.sum(scores[:100] >= metrics.threshold_at_far(scores, same, k / 100))) for k in range(1, 100)]
     assert accepted == list(range(1, 100))
+    # The other way round: 0.45999999999999996 * 50 is 23.0, yet 23 of 50 are more than was asked for.
+    far = np.nextafter(0.46, 0)
+    threshold = metrics.threshold_at_far(np.arange(50), np.zeros(50), far)
+    assert np.mean(np.arange(50) >= threshold) == 0.44
 
 
 def test_tied_impostors_are_refused_together():
@@ -160,6 +164,11 @@ def test_resolvability_changes_at_ten_and_at_thirty_expected_events(rate):
     assert status == ["unresolvable", "flagged", "flagged", "printed"]
     assert metrics.resolvable(rate, 1).needs == thirty
     assert [bool(metrics.resolvable(rate, n)) for n in (ten - 1, ten, thirty)] == [False, True, True]
+
+
+def test_resolvability_is_not_moved_by_a_quotient_that_rounds_up():
+    assert 30 / 0.0003 > 100_000
+    assert metrics.resolvable(0.0003, 100_000) == metrics.Resolution("printed", 100_000)
 
 
 def test_no_errors_give_three_over_n_which_a_95_percent_bound_confirms():
@@ -201,9 +210,7 @@ def test_rank_metrics_ignore_monotone_maps_and_order(seed, n, distinct, rising):
         assert metrics.auc(changed, labels) == metrics.auc(scores, same)
         assert metrics.eer(changed, labels) == metrics.eer(scores, same)
         assert metrics.accuracy_threshold(changed, labels)[1] == metrics.accuracy_threshold(scores, same)[1]
-        points = [
-            metrics.tar_at_far(s, y, s, y, far=0.3) for s, y in ((changed, labels), (scores, same))
-        ]
+        points = [metrics.tar_at_far(s, y, s, y, far=0.3) for s, y in ((changed, labels), (scores, same))]
         assert (points[0].tar, points[0].far) == (points[1].tar, points[1].far)
 
 
@@ -217,8 +224,9 @@ def test_changing_sign_and_sides_reflects_the_roc(seed, n, distinct):
 
 
 def test_a_fold_wise_threshold_is_applied_pair_by_pair():
-    assert metrics.rates_at([1, 1, 1, 1], [True, True, False, False], [0, 2, 0, 0]) == (0.5, 1.0)
-    assert metrics.accuracy([1, 1, 1, 1], [True, True, False, False], [0, 2, 0, 0]) == 0.25
+    # A score equal to its threshold is accepted.
+    assert metrics.rates_at([1, 1, 1, 1], [True, True, False, False], [1, 2, 0, 1]) == (0.5, 1.0)
+    assert metrics.accuracy([1, 1, 1, 1], [True, True, False, False], [1, 2, 0, 1]) == 0.25
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def test_random_draws_each_positive_and_each_negative_equally_often():
     keys = jax.random.split(jax.random.key(0), draws)
     layout = mining.layout_of(jnp.arange(B, dtype=jnp.int32), jnp.asarray(ids))
     zeros = jnp.zeros((B, D))
-    triplets = jax.device_get(jax.vmap(lambda key: mining.random(layout, zeros, zeros, key))(keys))
+    draw = jax.jit(jax.vmap(lambda key: mining.random(layout, zeros, zeros, key)))
+    triplets = jax.device_get(draw(keys))
     for a in range(B - 1):
         for chosen, allowed in (
             (triplets.positive[:, 0, a], [j for j in range(B) if j != a and ids[j] == ids[a]]),

@@ -21,9 +21,7 @@ def random_pairs(seed, n, people):
 def test_variance_equals_the_double_loop_over_pairs_that_share_a_person(seed, n, people):
     residual, a, b = random_pairs(seed, n, people)
     loop = sum(
-        residual[p] * residual[q]
-        for p, q in itertools.product(range(n), repeat=2)
-        if {a[p], b[p]} & {a[q], b[q]}
+        residual[p] * residual[q] for p, q in itertools.product(range(n), repeat=2) if {a[p], b[p]} & {a[q], b[q]}
     )
     assert dyadic_variance(residual, a, b) == pytest.approx(loop / n**2, abs=1e-12)
 

@@ -4,18 +4,19 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepare:
     """Build a set of photos once, from its archives."""
 
-    name: str
+    name: Annotated[Literal["celeba", "lfw"], tyro.conf.Positional]
     """celeba | lfw."""
-    archive: tuple[str, ...] = ()
+    archive: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """tar, tar.gz, zip or an unpacked folder; several for celeba. lfw is downloaded when none is given."""
     identities: str | None = None
     """celeba: identity_CelebA.txt, an image name and the person's number a line."""
@@ -35,12 +36,20 @@ class Prepare:
 class Info:
     """What is in a source of photos."""
 
-    name: str
+    name: Annotated[str, tyro.conf.Positional]
     """celeba | lfw | synthetic | folder:PATH."""
     data_dir: str | None = None
     """Where prepared sets are kept; $FACEEMBED_DATA or ~/.cache/faceembed/data when not given."""
     json: str | None = None
     """File for the machine-readable report."""
+
+
+def run(arguments: list[str]) -> None:
+    """See the module."""
+    commands: dict[str, Any] = {"prepare": Prepare, "info": Info}
+    chosen = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="launch.py data")
+    action = prepare if isinstance(chosen, Prepare) else info
+    action(**vars(chosen))
 
 
 def prepare(
@@ -67,8 +76,7 @@ def prepare(
         overwrite=overwrite,
     )
     print(
-        f"{built['name']} is ready in {built['folder']}: {built['bytes'] / 1e6:.1f} MB, {built['seconds']:.0f} s. "
-        f"Train on it: python launch.py train {name}\n"
+        f"{built['name']} is ready in {built['folder']}: {built['bytes'] / 1e6:.1f} MB, {built['seconds']:.0f} s.\n"
     )
     report = info(name, data_dir=data_dir)
     report |= {key: built[key] for key in ("folder", "bytes", "seconds")}
@@ -90,7 +98,7 @@ def info(name: str, *, data_dir: str | None = None, json: str | None = None) -> 
     kinds: dict[str, list[str]] = {}
     for problem in photos.problems:
         kinds.setdefault(problem.reason.partition(":")[0], []).append(f"{problem.path}: {problem.reason}")
-    report = {
+    report: dict[str, Any] = {
         "source": photos.source,
         "people": len(photos.people),
         "photos": len(photos),

@@ -8,6 +8,7 @@
 A set is built beside its place and moved there when it is complete.
 """
 
+import collections
 import contextlib
 import hashlib
 import io
@@ -20,7 +21,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +29,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from faceembed.data import sources
+from faceembed.data import pairs, sources
 from faceembed.data.sources import Problem
 
 VERSION = "1.0.0"
@@ -92,6 +93,7 @@ def prepare(
             raise FileNotFoundError(f"archive {path} does not exist. Check --archive.")
 
     lists: list[Path] = []
+    promised: dict[str, int] = {}
     problems: list[Problem] = []
     if name == "lfw":
         if identities is not None or align:
@@ -100,6 +102,12 @@ def prepare(
         if len(paths) != 1:
             raise ValueError(f"lfw is one archive, got {len(paths)}: give one --archive.")
         lists = _lfw_lists(paths[0], pairs_dir, data_dir, downloaded=not archives, progress=progress)
+        for path in lists:
+            if path.name.startswith("people"):
+                people, count, _ = pairs.read_lfw_people(path)
+                promised |= dict(zip(people.tolist(), count.tolist(), strict=True))
+            else:
+                pairs.read_lfw_pairs(path)
         photos = _lfw_photos(paths[0], problems, progress)
         square = LFW_SQUARE
     else:
@@ -119,6 +127,7 @@ def prepare(
         square = CELEBA_FRAMES[frame]
 
     data_dir.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(data_dir, name)
     workshop = data_dir / f".{name}.{os.getpid()}.part"
     try:
         gathered = _Gathered(photos)
@@ -131,12 +140,16 @@ def prepare(
                 download_config=tfds.download.DownloadConfig(compute_stats="skip", try_download_gcs=False),
             )
         built = workshop / name
+        present = collections.Counter(gathered.owners)
+        problems += [
+            Problem(path=f"{name}/{person}", reason=f"incomplete: {present[person]} of {count} photos listed")
+            for person, count in promised.items()
+            if present[person] != count
+        ]
         _write_index(built, gathered, problems, square, name)
         for path in lists:
             shutil.copyfile(path, built / path.name)
-        if target.exists():
-            target.rename(workshop / "replaced")
-        built.rename(target)
+        _swap(built, target, workshop / "replaced")
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     return {
@@ -148,6 +161,31 @@ def prepare(
         "bytes": sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
         "seconds": time.monotonic() - began,
     }
+
+
+def _swap(built: Path, target: Path, aside: Path) -> None:
+    """Puts a finished set in its place; the one that was there comes back if that fails."""
+    if not target.exists():
+        built.rename(target)
+        return
+    target.rename(aside)
+    try:
+        built.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+
+
+def _remove_abandoned(data_dir: Path, name: str) -> None:
+    """Removes what a killed preparation left; one that still runs is left alone."""
+    for workshop in data_dir.glob(f".{name}.*.part"):
+        process = workshop.name.split(".")[-2]
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            shutil.rmtree(workshop, ignore_errors=True)
+        except (PermissionError, ValueError):
+            continue
 
 
 def read_identities(path: Path) -> dict[str, str]:
@@ -162,7 +200,9 @@ def read_identities(path: Path) -> dict[str, str]:
         if not words:
             continue
         if len(words) != 2 or not words[1].isdigit():
-            raise ValueError(f"{path}, line {line_number}: {line!r} is not an image name and a number, like 000001.jpg 2880.")
+            raise ValueError(
+                f"{path}, line {line_number}: {line!r} is not an image name and a number, like 000001.jpg 2880."
+            )
         number_of[PurePosixPath(words[0]).stem] = str(int(words[1]))
     if not number_of:
         raise ValueError(f"{path} is empty: expected lines like 000001.jpg 2880.")
@@ -228,7 +268,11 @@ class _Gathered:
 
 def _dataset_info(builder: tfds.core.DatasetBuilder, description: str, homepage: str) -> tfds.core.DatasetInfo:
     # Encoded bytes pass through `Image` untouched; an array would need TensorFlow.
-    features = {"image": tfds.features.Image(shape=(None, None, 3)), "key": tfds.features.Text(), "person": tfds.features.Text()}
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "key": tfds.features.Text(),
+        "person": tfds.features.Text(),
+    }
     return tfds.core.DatasetInfo(
         builder=builder,
         description=description,
@@ -237,7 +281,8 @@ def _dataset_info(builder: tfds.core.DatasetBuilder, description: str, homepage:
     )
 
 
-class CelebA(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+# TFDS has builders of these names; ours stay out of its registry.
+class CelebA(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Aligned photos of people who are numbers."""
 
     name = "celeba"
@@ -259,7 +304,7 @@ class CelebA(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         yield from self._photos
 
 
-class LFW(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class LFW(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Deep-funneled photos of people who are names."""
 
     name = "lfw"
@@ -279,10 +324,12 @@ class LFW(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         yield from self._photos
 
 
-BUILDERS = {"celeba": CelebA, "lfw": LFW}
+BUILDERS: dict[str, Callable[..., tfds.core.DatasetBuilder]] = {"celeba": CelebA, "lfw": LFW}
 
 
-def _write_index(built: Path, gathered: _Gathered, problems: list[Problem], square: dict[str, float], name: str) -> None:
+def _write_index(
+    built: Path, gathered: _Gathered, problems: list[Problem], square: dict[str, float], name: str
+) -> None:
     """Adds index.npz, index.json and problems.json; TFDS shuffles records, so their keys are read back."""
     order, keys, identity, people = sources.arrange(gathered.keys, gathered.owners)
     records = tfds.builder_from_directory(built / VERSION).as_data_source(
@@ -290,10 +337,8 @@ def _write_index(built: Path, gathered: _Gathered, problems: list[Problem], squa
     )
     record_of = {record["key"].decode(): number for number, record in enumerate(records)}
     problems += sources.lonely(identity, people, f"{name}/")
-    with (built / "index.npz").open("wb") as file:
-        np.savez(
-            file, keys=keys, identity=identity, people=people, record=np.array([record_of[key] for key in keys], np.int64)
-        )
+    record = np.array([record_of[key] for key in keys], np.int64)
+    np.savez(built / "index.npz", keys=keys, identity=identity, people=people, record=record)
     content = hashlib.sha256("".join(gathered.hashes[index] for index in order).encode()).hexdigest()
     about = {"version": VERSION, "square": square, "content": content}
     (built / "index.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -411,7 +456,7 @@ def _celeba_photos(
     if loose:
         from faceembed.data import align
     named: dict[str, str] = {}
-    contents: dict[str, tuple[str, str]] = {}
+    contents: dict[str, dict[str, str]] = {}
     bar = _counted([*aligned, *loose], progress)
     for path in [*aligned, *loose]:
         for name, data in _images(path, problems):
@@ -429,10 +474,9 @@ def _celeba_photos(
             if pure.stem in named:
                 problems.append(Problem(path=where, reason=f"duplicate name: left out, {named[pure.stem]} is kept"))
                 continue
-            content = hashlib.sha256(data).hexdigest()
-            other = contents.get(content)
-            if other and other[1] == person:
-                problems.append(Problem(path=where, reason=f"duplicate content: left out, the same as {other[0]}"))
+            copies = contents.setdefault(hashlib.sha256(data).hexdigest(), {})
+            if person in copies:
+                problems.append(Problem(path=where, reason=f"duplicate content: left out, the same as {copies[person]}"))
                 continue
             try:
                 photo = sources.decode(data)
@@ -451,10 +495,10 @@ def _celeba_photos(
                 continue
             if photo.shape[1::-1] != frame or not data:
                 data = _jpeg(photo, frame)
-            if other:
-                problems.append(Problem(path=where, reason=f"two people's photo: kept as both, the same as {other[0]}"))
-            named[pure.stem] = where
-            contents.setdefault(content, (where, person))
+            if copies:
+                other = next(iter(copies.values()))
+                problems.append(Problem(path=where, reason=f"two people's photo: kept as both, the same as {other}"))
+            named[pure.stem] = copies[person] = where
             yield f"{person}/{pure.stem}", person, data
     bar.close()
 

@@ -77,16 +77,16 @@ def resolve(pairs: Pairs, photos: Photos) -> tuple[np.ndarray, np.ndarray]:
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise ValueError(
-            f"{len(missing)} photos of the pairs are not in {photos.source}: {shown}. The list and the photos must be of "
-            f"one set; see python launch.py data info {photos.source} for what was left out."
+            f"{len(missing)} photos of the pairs are not in {photos.source}: {shown}. The list and the photos must be "
+            f"of one set; see python launch.py data info {photos.source} for what was left out."
         )
     a, b = (np.array([place[str(key)] for key in keys], np.int32) for keys in (pairs.key_a, pairs.key_b))
     wrong = np.flatnonzero((photos.identity[a] == photos.identity[b]) != pairs.same)
     if len(wrong):
         first = wrong[0]
         raise ValueError(
-            f"{len(wrong)} pairs contradict {photos.source}, first {pairs.key_a[first]} and {pairs.key_b[first]}: the list "
-            f"says {'the same person' if pairs.same[first] else 'two people'}. Is it the list of another set?"
+            f"{len(wrong)} pairs contradict {photos.source}, first {pairs.key_a[first]} and {pairs.key_b[first]}: the "
+            f"list says {'the same person' if pairs.same[first] else 'two people'}. Is it the list of another set?"
         )
     return a, b
 
@@ -124,7 +124,7 @@ def heldout(photos: Photos, split: str, *, seed: int = 0, n: int = 4000, cap: in
         ]
     genuine = [(a, b) for _, _, a, b in sorted(turns)[: n // 2]]
 
-    # A few rounds beyond what is needed find the last unused pairs of a small set; then there are none worth the search.
+    # A few rounds beyond what is needed find the last unused pairs of a small set.
     impostor: dict[tuple[int, int], None] = {}
     rounds = 2 * len(genuine) // max(1, len(people) // 2) + 20
     for turn in range(rounds if len(people) > 1 else 0):
@@ -164,7 +164,8 @@ def read_lfw_pairs(path: Path) -> Pairs:
     folds, number = (1, int(head[0])) if len(head) == 1 else (int(head[0]), int(head[1]))
     if len(lines) != 1 + 2 * folds * number:
         raise ValueError(
-            f"{path} has {len(lines) - 1} pairs where line 1 promises {2 * folds * number}. Was it cut off? Get it again."
+            f"{path} has {len(lines) - 1} pairs where line 1 promises {2 * folds * number}. Was it cut off? "
+            "Get it again."
         )
     keys: list[tuple[str, str]] = []
     same = np.arange(2 * folds * number) // number % 2 == 0
@@ -206,7 +207,7 @@ def read_lfw_people(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
         for line in range(at + 1, at + 1 + size):
             if line >= len(lines) or len(lines[line]) != 2 or not lines[line][1].isdigit():
                 found = " ".join(lines[line]) if line < len(lines) else "the end of the file"
-                raise ValueError(f"{path}, line {line + 1}: found {found!r} where a name and a number of photos are due.")
+                raise ValueError(f"{path}, line {line + 1}: found {found!r} where a name and its count are due.")
             people.append(lines[line][0])
             photos.append(int(lines[line][1]))
             fold.append(part)
@@ -219,7 +220,8 @@ def read_lfw_people(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
 def read_csv(path: Path) -> tuple[Pairs, Photos]:
     """A list of one's own: columns a, b (image files, relative to the list) and same (1 or 0), and fold if wanted.
 
-    Who the people are follows from the pairs: photos joined by genuine pairs, directly or through others, show one person.
+    Who the people are follows from the pairs: photos joined by genuine pairs, directly or through others, show one
+    person.
 
     Raises:
       ValueError: naming the line that does not fit, or an impostor pair whose photos are joined.
@@ -230,7 +232,7 @@ def read_csv(path: Path) -> tuple[Pairs, Photos]:
         columns = reader.fieldnames or []
         rows = list(reader)
     if not {"a", "b", "same"} <= set(columns):
-        raise ValueError(f"{path}, line 1: columns are {', '.join(columns)}; expected a,b,same (and fold, if in folds).")
+        raise ValueError(f"{path}, line 1: columns are {', '.join(columns)}; expected a,b,same (and fold).")
     if not rows:
         raise ValueError(f"{path} has no pair: expected lines like anna/1.jpg,anna/2.jpg,1.")
     same, fold = [], []
@@ -246,8 +248,10 @@ def read_csv(path: Path) -> tuple[Pairs, Photos]:
     for line, row in enumerate(rows, 2):
         truth = {"1": True, "true": True, "0": False, "false": False}.get((row["same"] or "").strip().lower())
         if truth is None or not row["a"] or not row["b"]:
-            raise ValueError(f"{path}, line {line}: same is {row['same']!r} and the photos {row['a']!r} and {row['b']!r}; "
-                             "expected two files, and 1 (same person) or 0.")  # fmt: skip
+            raise ValueError(
+                f"{path}, line {line}: same is {row['same']!r} and the photos {row['a']!r} and {row['b']!r}; expected "
+                "two files, and 1 (same person) or 0."
+            )
         if "fold" in columns and not (row["fold"] or "").isdigit():
             raise ValueError(f"{path}, line {line}: fold is {row['fold']!r}: expected 0, 1, ….")
         same.append(truth)
@@ -296,8 +300,8 @@ def _lfw(view: str, data_dir: Path) -> tuple[Pairs, Photos]:
     path = data_dir / "lfw" / LFW_LISTS[view]
     if not path.is_file():
         raise FileNotFoundError(
-            f"lfw was prepared without {path.name}. Get it from LFW's site and copy it to {path.parent}, or prepare again "
-            "with python launch.py data prepare lfw --pairs-dir FOLDER --overwrite."
+            f"lfw was prepared without {path.name}. Get it from LFW's site and copy it to {path.parent}, or prepare "
+            "again with python launch.py data prepare lfw --pairs-dir FOLDER --overwrite."
         )
     return read_lfw_pairs(path), photos
 

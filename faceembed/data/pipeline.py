@@ -44,18 +44,23 @@ def batches(
       progress: show a bar while decoding.
 
     Yields:
-      {"image": uint8 [b, s, s, 3], "identity": int32 [b], "index": int32 [b] into photos, "slot": int32 [b] place in the
-      whole batch}, b = P·K / processes, s = round(size · margin).
+      {"image": uint8 [b, s, s, 3], "identity": int32 [b], "index": int32 [b] into photos, "slot": int32 [b] place in
+      the whole batch}, b = P·K / processes, s = round(size · margin).
 
     Raises:
       ValueError: if the plan and the photos do not belong together, or a photo does not decode (it is named).
     """
     side = round(size * margin)
     if len(sampler.order) != len(photos):
-        raise ValueError(f"the plan is for {len(sampler.order)} photos, the source has {len(photos)}: make it from these.")
+        raise ValueError(
+            f"the plan is for {len(sampler.order)} photos, but the source has {len(photos)}: "
+            "use make_sampler(photos.identity, …)."
+        )
     slots = sampling.share(np.arange(sampler.size, dtype=np.int32), process, processes)
     if decoded is not None and decoded.shape != (len(photos), side, side, 3):
-        raise ValueError(f"decoded is {decoded.shape}, expected {(len(photos), side, side, 3)} for this size and margin.")
+        raise ValueError(
+            f"decoded is {decoded.shape}, expected {(len(photos), side, side, 3)} for size {size} and margin {margin}."
+        )
     if decoded is None and fits_in_memory(len(photos), size, margin, memory_limit_bytes):
         decoded = decode_all(photos, size, margin, progress=progress)
     if decoded is None:
@@ -98,13 +103,15 @@ def decode_all(
 
     with concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
         outcomes = pool.map(fill, range(len(photos)))
-        failures = [failure for failure in sources.progress_bar(outcomes, len(photos), "decoding", shown=progress) if failure]
+        watched = sources.progress_bar(outcomes, len(photos), "decoding", shown=progress)
+        failures = [failure for failure in watched if failure]
     if failures:
         more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
         raise ValueError(
             f"{len(failures)} of {len(photos)} photos of {photos.source} do not decode:\n  "
-            + "\n  ".join(failures[:10]) + more
-        )  # fmt: skip
+            + "\n  ".join(failures[:10])
+            + more
+        )
     return crops
 
 

@@ -8,21 +8,19 @@ The rule, for batches of B = P·K photos:
    is exactly P people × K photos.
 2. Singletons (people with one photo) can only be negatives. They follow one another in a fixed order drawn for the
    seed, at most ⌊singletons·B⌋ a batch and at most each once an epoch.
-3. What is still free (runs are a little shorter than a batch, so that whole people fit) is filled by people from half an
-   epoch away in the list; the last of these gives as many photos as fit.
+3. What is still free (runs are a little shorter than a batch, so that whole people fit) is filled by people from half
+   an epoch away in the list; the last of these gives as many photos as fit.
 
 So a batch always has exactly B photos, all different, and a photo is never its own positive. Nobody starves: everybody
-with two photos or more is in some batch of every epoch; a person with c photos has shown each of them after ⌈c/K⌉
-epochs, in an order drawn anew each time around; a singleton comes once in every ⌈singletons·E / R⌉ epochs' worth of
-steps, that is every `Sampler.singleton_period` steps.
+with two photos or more is in some batch of every epoch; each ⌈c/K⌉ epochs show all photos of a person who has c, in an
+order drawn anew each time around; a singleton comes again within `Sampler.singleton_period` steps.
 
-Draws are SplitMix64 hashes (Steele, Lea & Flood 2014) sorted stably, rather than a library's generator, whose stream may
-change with its version.
+Draws are SplitMix64 hashes (Steele, Lea & Flood 2014) sorted stably, rather than a library's generator, whose stream
+may change with its version.
 """
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -62,7 +60,7 @@ class Sampler:
         """Every singleton is in some batch of any so many consecutive steps; 0 if they are never shown."""
         if not self.epoch_singletons:
             return 0
-        return math.ceil(len(self.singletons) * self.epoch_steps / self.epoch_singletons) + 1
+        return -(-len(self.singletons) * self.epoch_steps // self.epoch_singletons)
 
     def batch(self, step: int) -> np.ndarray:
         """Photos of one step.
@@ -93,8 +91,8 @@ class Sampler:
 
         chosen = np.concatenate([listed[first:last], listed[fillers]])
         amount = np.concatenate([gives[first:last], np.minimum(gives[fillers], room)])
-        # A filler's visit is beyond the once an epoch that the cycle through a person's photos counts.
-        visit = np.concatenate([np.full(last - first, epoch), np.full(len(fillers), epoch + self.epoch_steps + 1)])
+        # Who fills a gap comes twice in this epoch, so shows the photos of the next one rather than the same again.
+        visit = np.concatenate([np.full(last - first, epoch), np.full(len(fillers), epoch + 1)])
         of_people = self._photos(chosen, amount, visit)
         of_singles = self.singletons[singles % len(self.singletons)] if len(singles) else self.singletons[:0]
         return np.concatenate([of_people, of_singles]).astype(np.int32)
@@ -131,7 +129,7 @@ def make_sampler(
     """
     identity = np.asarray(identity)
     if identity.ndim != 1 or not np.issubdtype(identity.dtype, np.integer):
-        raise ValueError(f"identity is {identity.dtype} {identity.shape}: expected integers [n], a person for each photo.")
+        raise ValueError(f"identity is {identity.dtype} {identity.shape}: expected integers [n], the person of each.")
     if people < 2 or photos < 2:
         raise ValueError(
             f"people × photos is {people} × {photos}: below 2 × 2 a batch has no positive or no negative. "
@@ -145,7 +143,9 @@ def make_sampler(
     alone = alone[np.argsort(draw(seed, 0, 0, alone), kind="stable")]
     start, count = start[count > 1], count[count > 1]
     if not len(count):
-        raise ValueError(f"all {len(alone)} people have one photo: no anchor has a positive. Add photos of the same people.")
+        raise ValueError(
+            f"nobody of {len(alone)} people has two photos: no anchor has a positive. Add photos of the same people."
+        )
 
     size = people * photos
     gives = np.minimum(count, photos)

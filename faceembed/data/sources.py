@@ -120,9 +120,12 @@ def decode(data: bytes) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode[0] in "IF":
+                # Pillow would clip it to white instead of scaling it.
+                raise ValueError(f"{image.mode} pixels of more than 8 bits; save it as 8-bit RGB")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     # Pillow's decoders raise all of these on damaged files.
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, ArithmeticError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, TypeError, ArithmeticError, Image.DecompressionBombError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
@@ -154,7 +157,8 @@ def arrange(keys: Sequence[str], owners: Sequence[str]) -> tuple[np.ndarray, np.
 def lonely(identity: np.ndarray, people: np.ndarray, prefix: str) -> list[Problem]:
     """A problem for each person with one photo."""
     alone = np.flatnonzero(np.bincount(identity, minlength=len(people)) == 1)
-    return [Problem(path=f"{prefix}{people[person]}", reason="one photo: kept, serves as a negative") for person in alone]
+    reason = "one photo: kept, serves as a negative"
+    return [Problem(path=f"{prefix}{people[person]}", reason=reason) for person in alone]
 
 
 # ---- prepared sets ---------------------------------------------------------------------------------------------------
@@ -170,7 +174,8 @@ def _prepared(source: str, data_dir: Path) -> Photos:
     except FileNotFoundError as error:
         example = {
             "lfw": "python launch.py data prepare lfw",
-            "celeba": "python launch.py data prepare celeba --archive img_align_celeba.zip --identities identity_CelebA.txt",
+            "celeba": "python launch.py data prepare celeba --archive img_align_celeba.zip "
+            "--identities identity_CelebA.txt",
         }[source]
         raise FileNotFoundError(
             f"{source} is not prepared in {data_dir} ({error.filename} is missing). Prepare it once:\n  {example}"
@@ -202,7 +207,8 @@ class _Records:
     """The encoded images of a prepared set by record number; opened by the first read."""
 
     def __init__(self, folder: Path):
-        self._folder, self._lock, self._source = folder, threading.Lock(), None
+        self._folder, self._lock = folder, threading.Lock()
+        self._source: Any = None
 
     def __getitem__(self, record: int) -> bytes:
         with self._lock:
@@ -221,8 +227,9 @@ def _folder(source: str, data_dir: Path) -> Photos:
     """PATH/PERSON/PHOTO.jpg; every file is decoded once, and what was found is remembered by size and time."""
     root = Path(source.partition(":")[2]).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"{source}: there is no folder {root.absolute()}. Give one that holds a folder a person.")
-    files, problems = [], []
+        raise FileNotFoundError(f"there is no folder {root.absolute()}. Give one that holds a folder a person.")
+    files: list[tuple[Path, str]] = []
+    problems: list[Problem] = []
     for person in sorted(root.iterdir()):
         if person.name.startswith("."):
             continue
@@ -231,18 +238,20 @@ def _folder(source: str, data_dir: Path) -> Photos:
             continue
         found = [file for file in sorted(person.rglob("*")) if file.is_file() and not file.name.startswith(".")]
         images = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
-        problems += [Problem(path=str(f), reason="not an image by its name: left out") for f in found if f not in set(images)]
+        others = sorted(set(found) - set(images))
+        problems += [Problem(path=str(file), reason="not an image by its name: left out") for file in others]
         if not images:
             problems.append(Problem(path=str(person), reason="empty folder: no photo of this person"))
         files += [(file, person.name) for file in images]
 
-    checked = _check_files([file for file, _ in files], data_dir / "folders" / f"{_digest(str(root.resolve()))[:16]}.json")
+    cache = data_dir / "folders" / f"{_digest(str(root.resolve()))[:16]}.json"
+    checked = _check_files([file for file, _ in files], cache)
     keys: list[str] = []
     owners: list[str] = []
     paths: list[Path] = []
     hashes: list[str] = []
     by_key: dict[str, Path] = {}
-    by_content: dict[str, tuple[Path, str]] = {}
+    by_content: dict[str, dict[str, Path]] = {}
     for (file, person_name), (content, failure) in zip(files, checked, strict=True):
         key = file.relative_to(root).with_suffix("").as_posix()
         if failure:
@@ -251,16 +260,16 @@ def _folder(source: str, data_dir: Path) -> Photos:
         if key in by_key:
             problems.append(Problem(path=str(file), reason=f"duplicate name: left out, {by_key[key].name} is kept"))
             continue
-        if content in by_content:
-            other, other_person = by_content[content]
-            if other_person == person_name:
-                reason = f"duplicate content: left out, the same file as {other.relative_to(root)}"
-                problems.append(Problem(path=str(file), reason=reason))
-                continue
-            reason = f"two people's photo: kept as both, the same file as {other.relative_to(root)}"
+        copies = by_content.setdefault(content, {})
+        if person_name in copies:
+            reason = f"duplicate content: left out, the same file as {copies[person_name].relative_to(root)}"
             problems.append(Problem(path=str(file), reason=reason))
-        by_key[key] = file
-        by_content.setdefault(content, (file, person_name))
+            continue
+        if copies:
+            other = next(iter(copies.values())).relative_to(root)
+            reason = f"two people's photo: kept as both, the same file as {other}"
+            problems.append(Problem(path=str(file), reason=reason))
+        by_key[key] = copies[person_name] = file
         keys.append(key)
         owners.append(person_name)
         paths.append(file)
@@ -340,7 +349,8 @@ def _synthetic(
     names = np.array([f"synthetic_{person:06d}" for person in range(people)])
     keys = np.array([f"{name}/{photo:04d}" for name in names for photo in range(photos)])
 
-    lock, rendered = threading.Lock(), []
+    lock = threading.Lock()
+    rendered: list[np.ndarray] = []
 
     def read(index: int) -> np.ndarray:
         with lock:
@@ -382,8 +392,11 @@ def _digest(text: str) -> str:
 
 
 def progress_bar(items: Any, total: int | None, what: str, *, shown: bool = True) -> Any:
-    """The items, with a progress bar on a terminal where there are enough to wait for."""
+    """The items, with a progress bar on stderr where there are enough to wait for."""
     from tqdm import tqdm
 
-    quiet = not shown or (total is not None and total < 1000) or not sys.stderr.isatty()
-    return tqdm(items, total=total, desc=what, unit=" photos", disable=quiet)
+    live = sys.stderr.isatty()
+    quiet = not shown or (total is not None and total < 1000)
+    # A log file gets a line each half minute, and none for short work.
+    interval, delay = (0.1, 0) if live else (30, 10)
+    return tqdm(items, total=total, desc=what, unit=" photos", disable=quiet, mininterval=interval, delay=delay)

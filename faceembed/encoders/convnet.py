@@ -39,7 +39,7 @@ class _Block(nn.Module):
 class ConvNet(nn.Module):
     """Plain 3×3 residual network for small faces: a strided stem, then stages that halve the image.
 
-    1,283,168 parameters by default at 64 px and d=128, a third of them in the dense layer that reads the last 4×4 map.
+    1,283,104 parameters by default at 64 px and d=128, a third of them in the dense layer that reads the last 4×4 map.
 
     Attributes:
       dim: d, the length of an embedding.

@@ -147,7 +147,7 @@ def make_train_step(
             return value, (updates.get("batch_stats", state.batch_stats), metrics)
 
         (value, (batch_stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         # The statistics too: one infinite pixel leaves the loss finite on some paths and poisons the averages for ever.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         finite &= jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), batch_stats), finite)

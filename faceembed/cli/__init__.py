@@ -1,0 +1,61 @@
+"""The command line, one file a command; each is imported when it is called, so that help and errors come at once."""
+
+import difflib
+import importlib
+import io
+import os
+import sys
+import traceback
+from pathlib import Path
+
+COMMANDS = {
+    "train": "trains an experiment; the same command goes on where it was stopped",
+    "verify": "compares verification heads on pairs of photos",
+    "embed": "embeddings of a whole source, as .npz",
+    "data": "prepare: builds a set once; info: what is in it",
+    "doctor": "devices, versions, mesh; what is missing and how to get it",
+}
+
+HELP = (
+    "usage: python launch.py COMMAND …\n\n"
+    + "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
+    + "\n\npython launch.py COMMAND --help documents each.\n"
+    "A first run, without any download:  python launch.py train quickstart"
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: what stands after `launch.py`.
+
+    Returns:
+      Exit status: 0, or 1 after an error, 2 after a command line that cannot be read, 130 after Ctrl-C.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # `nohup … > log &` shows each line when it is printed
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        print(f"there is no command {name!r}; " + (f"did you mean {near[0]!r}?" if near else "see below."), file=sys.stderr)
+        print(HELP, file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(f"faceembed.cli.{name}").run(rest)
+    except KeyboardInterrupt:
+        print("\nstopped.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        # A message of ours says what to do, and a stack trace above it would only hide it. Anything raised elsewhere
+        # is a fault of ours, and then the trace is what helps.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        ours = Path(__file__).parents[1] in raised_in.parents or isinstance(error, FileNotFoundError | FileExistsError)
+        if not ours or os.environ.get("FACEEMBED_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,91 @@
+"""`launch.py verify CHECKPOINT --pairs PAIRS`: heads against the threshold, fitted on one list and tested on another."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from faceembed.cli.train import use_compilation_cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compares verification heads on pairs of photos. Heads are fitted on other pairs than those tested."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A run directory (its best step is taken) or a step directory."""
+    pairs: str
+    """Tested pairs: lfw:view1_train | lfw:view1_test | lfw:view2 | csv:FILE | heldout:SOURCE."""
+    fit: str | None = None
+    """Pairs that heads are fitted on, named likewise. When not given: view1_train for view1_test, the other nine folds
+    for view2, calibrate people for heldout:SOURCE (which tests report people), and the folds of a csv."""
+    heads: tuple[str, ...] = ("threshold", "logistic_distance", "logistic_abs")
+    """Which heads."""
+    out: Path | None = None
+    """Folder for results.json; made when missing."""
+    data_dir: Path | None = None
+    """Where prepared sets are kept; $FACEEMBED_DATA or ~/.cache/faceembed/data when not given."""
+    json: Path | None = None
+    """Write the results there too."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+def run(arguments: list[str]) -> None:
+    """See the module."""
+    options = tyro.cli(Options, args=arguments, prog="launch.py verify")
+    from faceembed import report
+    from faceembed.data import pairs as pair_lists
+    from faceembed.verification import HEADS
+
+    unknown = [name for name in options.heads if name not in HEADS]
+    if unknown:
+        raise ValueError(f"--heads names {', '.join(unknown)}; there are {', '.join(HEADS)}.")
+    fit_spec = options.fit or _usual_fit(options.pairs)
+    test_pairs, test_photos = pair_lists.load_pairs(options.pairs, data_dir=options.data_dir)
+    fit_pairs = fit_photos = None
+    if fit_spec:
+        split = "calibrate" if fit_spec.startswith("heldout:") else "report"
+        fit_pairs, fit_photos = pair_lists.load_pairs(fit_spec, data_dir=options.data_dir, split=split)
+    elif test_pairs.fold is None:
+        raise ValueError(
+            f"{options.pairs} has no folds, so nothing is left to fit heads on. Name other pairs: --fit lfw:view1_train, "
+            "--fit heldout:SOURCE, or give the csv a column `fold`."
+        )
+
+    use_compilation_cache()
+    from faceembed import embed, evaluate
+
+    started = time.perf_counter()
+    embedder = embed.load(options.checkpoint)
+    test = evaluate.embed_pairs(embedder, test_photos, test_pairs, progress=options.progress)
+    fit = None
+    if fit_pairs is not None and fit_photos is not None:
+        fit = evaluate.embed_pairs(embedder, fit_photos, fit_pairs, progress=options.progress)
+    folds = test_pairs.fold if fit is None else None
+    results = evaluate.compare_pairs(embedder, test, fit=fit, folds=folds, heads=options.heads)
+    print(f"{options.pairs} by {embedder.path}, heads fitted on {fit_spec or 'the other folds'}\n\n{results}")
+    print(f"\n{time.perf_counter() - started:.1f} s")
+    content: dict[str, Any] = {
+        "checkpoint": str(embedder.path),
+        "pairs": options.pairs,
+        "fit": fit_spec or "other folds",
+        "trained_on": {name: embedder.data.get(name) for name in ("source", "fingerprint", "people", "photos", "step")},
+        "results": results.to_dict(),
+    }
+    targets = [options.json] if options.json else []
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        targets.append(options.out / "results.json")
+    for target in targets:
+        report.write_json(target, content)
+        print(f"written: {target}")
+
+
+def _usual_fit(pairs: str) -> str | None:
+    """What heads are fitted on unless told."""
+    if pairs == "lfw:view1_test":
+        return "lfw:view1_train"
+    return pairs if pairs.startswith("heldout:") else None

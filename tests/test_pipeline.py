@@ -1,0 +1,130 @@
+"""Batches from memory and through grain: the same, whatever the step they start from."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from faceembed.data import pipeline, sampling, sources
+from faceembed.preprocess import Square, crop_square
+
+COUNTS = [1, 2, 3, 5, 4, 4, 1, 6, 2, 2, 3, 7] * 2
+
+
+@pytest.fixture
+def photos():
+    identity = np.repeat(np.arange(len(COUNTS), dtype=np.int32), COUNTS)
+    images = np.random.default_rng(0).integers(0, 255, (len(identity), 24, 20, 3), np.uint8)
+    people = np.array([f"{person:02d}" for person in range(len(COUNTS))])
+    return sources.Photos(
+        source="made up",
+        keys=np.array([f"{people[person]}/{photo}" for photo, person in enumerate(identity)]),
+        identity=identity,
+        people=people,
+        read=lambda index: images[index],
+        square=Square(x=9.0, y=13.0, side=16.0),
+        problems=(),
+        fingerprint="",
+    )
+
+
+@pytest.fixture
+def sampler(photos):
+    return sampling.make_sampler(photos.identity, people=6, photos=4, seed=2)
+
+
+def gather(photos, sampler, **options):
+    return list(pipeline.batches(photos, sampler, size=16, margin=1.25, **({"steps": 9} | options)))
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert one.keys() == other.keys() == {"image", "identity", "index", "slot"}
+        for name in one:
+            assert one[name].dtype == other[name].dtype, name
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_a_batch_is_the_plans_photos_cropped(photos, sampler):
+    for step, batch in enumerate(gather(photos, sampler)):
+        index = sampler.batch(step)
+        np.testing.assert_array_equal(batch["index"], index)
+        np.testing.assert_array_equal(batch["identity"], photos.identity[index])
+        np.testing.assert_array_equal(batch["slot"], np.arange(24))
+        crops = [crop_square(photos.read(i), photos.square, 16, 1.25) for i in index]
+        np.testing.assert_array_equal(batch["image"], crops)
+        assert batch["image"].shape == (24, 20, 20, 3)
+        assert [batch[name].dtype for name in ("image", "identity", "index", "slot")] == [np.uint8] + [np.int32] * 3
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_memory_and_grain_agree(photos, sampler, processes):
+    for process in range(processes):
+        options = {"start_step": 2, "process": process, "processes": processes}
+        memory = gather(photos, sampler, **options)
+        assert len(memory) == 7
+        assert_equal(memory, gather(photos, sampler, memory_limit_bytes=0, **options))
+
+
+@pytest.mark.parametrize("limit", [0, 1e9])
+def test_starting_later_gives_the_rest(photos, sampler, limit):
+    whole = gather(photos, sampler, memory_limit_bytes=limit)
+    assert_equal(whole[5:], gather(photos, sampler, start_step=5, memory_limit_bytes=limit))
+    assert gather(photos, sampler, start_step=9, memory_limit_bytes=limit) == []
+
+
+@pytest.mark.parametrize("limit", [0, 1e9])
+def test_processes_read_their_share_and_nothing_else(photos, sampler, limit):
+    whole = gather(photos, sampler)
+    parts = [gather(photos, sampler, process=p, processes=4, memory_limit_bytes=limit) for p in range(4)]
+    for step, batch in enumerate(whole):
+        for name in batch:
+            joined = np.concatenate([part[step][name] for part in parts])
+            np.testing.assert_array_equal(joined, batch[name], err_msg=name)
+
+    asked = []
+    lock = threading.Lock()
+
+    def read(index):
+        with lock:
+            asked.append(index)
+        return photos.read(index)
+
+    watched = sources.dataclasses.replace(photos, read=read)
+    mine = gather(watched, sampler, process=1, processes=4, steps=2, memory_limit_bytes=0)
+    assert sorted(asked) == sorted(np.concatenate([batch["index"] for batch in mine]).tolist())
+
+
+def test_the_limit_decides_what_is_read_when(photos, sampler):
+    needed = len(photos) * 20 * 20 * 3
+    assert pipeline.fits_in_memory(len(photos), 16, 1.25, needed)
+    assert not pipeline.fits_in_memory(len(photos), 16, 1.25, needed - 1)
+    asked = []
+    watched = sources.dataclasses.replace(photos, read=lambda index: asked.append(index) or photos.read(index))
+    gather(watched, sampler, steps=9, memory_limit_bytes=needed)
+    assert sorted(asked) == list(range(len(photos))), "each photo once, however many steps"
+    asked.clear()
+    gather(watched, sampler, steps=9, memory_limit_bytes=needed, decoded=pipeline.decode_all(photos, 16, 1.25))
+    assert asked == []
+
+
+def test_photos_that_do_not_decode_are_all_named(photos, sampler):
+    def read(index):
+        if index in (3, 40):
+            raise ValueError("cut off")
+        return photos.read(index)
+
+    broken = sources.dataclasses.replace(photos, read=read)
+    with pytest.raises(ValueError, match=rf"(?s)2 of {len(photos)} photos.*{photos.keys[3]}: cut off.*{photos.keys[40]}"):
+        pipeline.decode_all(broken, 16)
+    with pytest.raises(ValueError, match="(?s)photos/keys|cut off"):
+        gather(broken, sampler, steps=30, memory_limit_bytes=0)
+
+
+def test_what_does_not_belong_together_is_refused(photos, sampler):
+    fewer = sources.select(photos, np.arange(len(photos)) > 0)
+    with pytest.raises(ValueError, match="plan is for 80 photos, but the source has 79"):
+        gather(fewer, sampler)
+    with pytest.raises(ValueError, match=r"expected \(80, 20, 20, 3\)"):
+        gather(photos, sampler, decoded=pipeline.decode_all(photos, 16))

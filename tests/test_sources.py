@@ -1,0 +1,218 @@
+"""Photos from a folder and from the renderer; what is wrong with them is told."""
+
+import dataclasses
+import io
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from faceembed.data import sources
+
+
+def picture(seed, size=(20, 24), mode="RGB"):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), np.uint8)).convert(mode)
+
+
+def save(path: Path, seed, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def album(tmp_path):
+    root = tmp_path / "album"
+    for person, number in (("Zoe", 3), ("anna", 2), ("Bob", 1)):
+        for photo in range(number):
+            save(root / person / f"{photo}.png", hash_of(person, photo))
+    return root
+
+
+def hash_of(person, photo):
+    return sum(map(ord, person)) * 100 + photo
+
+
+def reasons(photos):
+    """Problems by file or folder name, but for the lonely."""
+    return {Path(p.path).name: p.reason for p in photos.problems if not p.reason.startswith("one photo")}
+
+
+def test_a_folder_becomes_photos(album, tmp_path):
+    photos = sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")
+    assert photos.people.tolist() == ["Bob", "Zoe", "anna"]
+    assert photos.keys.tolist() == ["Bob/0", "Zoe/0", "Zoe/1", "Zoe/2", "anna/0", "anna/1"]
+    assert photos.identity.tolist() == [0, 1, 1, 1, 2, 2]
+    assert photos.identity.dtype == np.int32
+    assert photos.square is None
+    for index, key in enumerate(photos.keys):
+        person, photo = key.split("/")
+        np.testing.assert_array_equal(photos.read(index), np.asarray(picture(hash_of(person, int(photo)))))
+    assert [(Path(p.path).name, p.reason) for p in photos.problems] == [
+        ("Bob", "one photo: kept, serves as a negative")
+    ]
+
+
+def test_every_kind_of_trouble_is_told_and_nothing_else_is_lost(album, tmp_path):
+    whole = save(album / "anna" / "whole.jpg", 900).read_bytes()
+    (album / "anna" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (album / "anna" / "text.jpg").write_text("not an image")
+    (album / "anna" / "nothing.jpg").write_bytes(b"")
+    (album / "anna" / "notes.txt").write_text("hello")
+    (album / "anna" / ".hidden").write_text("left by a file manager")
+    (album / "anna" / "again.jpg").write_bytes(whole)
+    (album / "Zoe" / "other.jpg").write_bytes(whole)
+    save(album / "Zoe" / "0.jpg", 901)
+    (album / "empty").mkdir()
+    (album / "stray.png").write_bytes(whole)
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(album / "Bob" / "deep.png")
+
+    photos = sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")
+    told = reasons(photos)
+    kinds = {name: reason.partition(":")[0] for name, reason in told.items()}
+    assert kinds == {
+        "cut.jpg": "corrupt image",
+        "text.jpg": "corrupt image",
+        "nothing.jpg": "corrupt image",
+        "deep.png": "corrupt image",
+        "notes.txt": "not an image by its name",
+        "again.jpg": "two people's photo",
+        "whole.jpg": "duplicate content",
+        "empty": "empty folder",
+        "stray.png": "file beside the people's folders",
+        "0.png": "duplicate name",
+    }
+    assert "truncated" in told["cut.jpg"]
+    assert "save it as 8-bit" in told["deep.png"]
+    assert "0.jpg is kept" in told["0.png"]
+    assert set(photos.keys) == {
+        "Bob/0", "Zoe/0", "Zoe/1", "Zoe/2", "Zoe/other", "anna/0", "anna/1", "anna/again",
+    }  # fmt: skip
+    for index in range(len(photos)):
+        assert photos.read(index).dtype == np.uint8
+
+
+def test_unchanged_files_are_not_read_again_and_changed_ones_are(album, tmp_path, monkeypatch):
+    source, cache = f"folder:{album}", tmp_path / "cache"
+    first = sources.open_source(source, data_dir=cache)
+    decoded = []
+    real = sources.decode
+    monkeypatch.setattr(sources, "decode", lambda data: decoded.append(len(data)) or real(data))
+    again = sources.open_source(source, data_dir=cache)
+    assert decoded == []
+    assert again.fingerprint == first.fingerprint
+    (album / "Zoe" / "1.png").write_bytes(b"spoilt")
+    spoilt = sources.open_source(source, data_dir=cache)
+    assert decoded == [6]
+    assert reasons(spoilt).keys() == {"1.png"}
+    save(album / "Zoe" / "1.png", 77)
+    assert sources.open_source(source, data_dir=cache).fingerprint not in (first.fingerprint, spoilt.fingerprint)
+    for file in (cache / "folders").iterdir():
+        file.write_text("{ not json")
+    assert len(sources.open_source(source, data_dir=cache)) == 6
+
+
+def test_a_photo_spoilt_later_is_named(album, tmp_path):
+    photos = sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")
+    (album / "Zoe" / "1.png").write_bytes(b"spoilt")
+    with pytest.raises(ValueError, match="1.png no longer reads"):
+        photos.read(2)
+
+
+def test_photos_stand_upright_and_in_colour():
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by a quarter to show it
+    left_red = np.zeros((8, 16, 3), np.uint8)
+    left_red[:, :8, 0] = 255
+    Image.fromarray(left_red).save(file, "PNG", exif=exif)
+    upright = sources.decode(file.getvalue())
+    assert upright.shape == (16, 8, 3)
+    assert upright[0, 0].tolist() == [255, 0, 0]
+    assert upright[-1, -1].tolist() == [0, 0, 0]
+
+    file = io.BytesIO()
+    picture(1, mode="L").save(file, "PNG")
+    grey = sources.decode(file.getvalue())
+    assert grey.shape == (24, 20, 3)
+    np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
+
+
+def test_select_renumbers_people(album, tmp_path):
+    photos = sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")
+    some = sources.select(photos, photos.keys != "Bob/0")
+    assert some.people.tolist() == ["Zoe", "anna"]
+    assert some.identity.tolist() == [0, 0, 0, 1, 1]
+    np.testing.assert_array_equal(some.read(3), photos.read(4))
+    fewer = sources.select(some, np.array([False, True, False, False, True]))
+    assert fewer.keys.tolist() == ["Zoe/1", "anna/1"]
+    np.testing.assert_array_equal(fewer.read(1), photos.read(5))
+    assert len({photos.fingerprint, some.fingerprint, fewer.fingerprint}) == 3
+    for mask in (np.ones(3, bool), np.ones(6, int)):
+        with pytest.raises(ValueError, match=r"expected bool \[6\]"):
+            sources.select(photos, mask)
+
+
+def test_synthetic_is_rendered_once_when_first_read(monkeypatch):
+    calls = []
+
+    def render_all(seed, people, photos, size):
+        calls.append((seed, people, photos, size))
+        return np.arange(people * photos, dtype=np.uint8)[:, None, None, None] * np.ones((size, size, 3), np.uint8)
+
+    fake = types.SimpleNamespace(render_all=render_all)
+    import faceembed.data
+
+    monkeypatch.setitem(sys.modules, "faceembed.data.synthetic", fake)
+    monkeypatch.setattr(faceembed.data, "synthetic", fake, raising=False)
+    photos = sources.open_source("synthetic", people=3, photos=4, seed=9, size=16)
+    assert calls == []
+    assert (len(photos), len(photos.people)) == (12, 3)
+    assert photos.identity.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert photos.read(7)[0, 0, 0] == 7
+    assert photos.read(2).shape == (16, 16, 3)
+    assert calls == [(9, 3, 4, 16)]
+    other = sources.open_source("synthetic", people=3, photos=4, seed=8, size=16)
+    assert other.fingerprint != photos.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "message"),
+    [
+        ("celba", {}, ValueError, "is not one of celeba, lfw, synthetic, folder:PATH"),
+        ("folder", {}, ValueError, "is not one of"),
+        ("folder:", {}, ValueError, "is not one of"),
+        ("celeba:x", {}, ValueError, "is not one of"),
+        ("lfw", {"people": 3}, ValueError, "takes no options, got people"),
+        ("synthetic", {"people": 0}, ValueError, "people=0"),
+        ("folder:nowhere", {}, FileNotFoundError, "there is no folder .*nowhere"),
+        ("lfw", {}, FileNotFoundError, "python launch.py data prepare lfw"),
+        ("celeba", {}, FileNotFoundError, "data prepare celeba --archive"),
+    ],
+)
+def test_bad_sources_say_what_to_type(source, options, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        sources.open_source(source, data_dir=tmp_path, **options)
+
+
+def test_a_folder_without_photos_says_what_it_expects(tmp_path):
+    (tmp_path / "album" / "anna").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"no photo found.*empty folder.*PERSON/PHOTO.jpg"):
+        sources.open_source(f"folder:{tmp_path / 'album'}", data_dir=tmp_path / "cache")
+
+
+def test_data_dir_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("FACEEMBED_DATA", "~/faces")
+    assert sources.default_data_dir() == Path("~/faces").expanduser()
+    monkeypatch.delenv("FACEEMBED_DATA")
+    assert sources.default_data_dir() == Path("~/.cache/faceembed/data").expanduser()
+
+
+def test_photos_are_frozen(album, tmp_path):
+    photos = sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        photos.source = "other"
