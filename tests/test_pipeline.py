@@ -116,9 +116,10 @@ def test_photos_that_do_not_decode_are_all_named(photos, sampler):
         return photos.read(index)
 
     broken = sources.dataclasses.replace(photos, read=read)
-    with pytest.raises(ValueError, match=rf"(?s)2 of {len(photos)} photos.*{photos.keys[3]}: cut off.*{photos.keys[40]}"):
+    three, forty = photos.keys[3], photos.keys[40]
+    with pytest.raises(ValueError, match=rf"(?s)2 of {len(photos)} photos.*{three}: cut off.*{forty}: cut off"):
         pipeline.decode_all(broken, 16)
-    with pytest.raises(ValueError, match="(?s)photos/keys|cut off"):
+    with pytest.raises(ValueError, match=rf"({three}|{forty}): cut off"):
         gather(broken, sampler, steps=30, memory_limit_bytes=0)
 
 

@@ -156,7 +156,7 @@ def test_shares_join_to_the_batch():
     index = np.arange(24)
     np.testing.assert_array_equal(np.concatenate([sampling.share(index, p, 4) for p in range(4)]), index)
     np.testing.assert_array_equal(sampling.share(index, 1, 4), [6, 7, 8, 9, 10, 11])
-    with pytest.raises(ValueError, match="24 photos does not divide over 5 processes.*multiple of 5"):
+    with pytest.raises(ValueError, match=r"24 photos does not divide over 5 processes.*multiple of 5"):
         sampling.share(index, 0, 5)
     with pytest.raises(ValueError, match="process is 4 of 4"):
         sampling.share(index, 4, 4)

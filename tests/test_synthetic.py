@@ -24,7 +24,7 @@ baselines = _load_experiment()
 
 
 def _plain(n):
-    """A plain person n times, photographed from the front in even light: the middle of most ranges, nothing in front."""
+    """A plain person n times, seen from the front in even light: the middle of most ranges, nothing in front."""
     who = {k: np.full(n, (low + high) / 2, np.float32) for k, (low, high) in IDENTITY_RANGES.items()}
     how = {k: np.full(n, (low + high) / 2, np.float32) for k, (low, high) in PHOTO_RANGES.items()}
     who |= {"asymmetry": np.zeros(n), "moles": np.tile([[0.3, -0.1], [-0.3, -0.1], [0.0, 0.3]], (n, 1, 1))}

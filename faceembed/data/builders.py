@@ -409,7 +409,8 @@ def _counted(paths: Sequence[Path], progress: bool) -> Any:
             with zipfile.ZipFile(path) as archive:
                 total += len(archive.namelist())
         elif path.is_file() and tarfile.is_tarfile(path) and path.suffix == ".tar":
-            with tarfile.open(path) as archive:
+            # Reading the archive itself reports one that ends early.
+            with contextlib.suppress(tarfile.TarError), tarfile.open(path) as archive:
                 total += len(archive.getmembers())
     return sources.progress_bar(None, total or None, "preparing", shown=progress)
 
@@ -476,7 +477,8 @@ def _celeba_photos(
                 continue
             copies = contents.setdefault(hashlib.sha256(data).hexdigest(), {})
             if person in copies:
-                problems.append(Problem(path=where, reason=f"duplicate content: left out, the same as {copies[person]}"))
+                reason = f"duplicate content: left out, the same as {copies[person]}"
+                problems.append(Problem(path=where, reason=reason))
                 continue
             try:
                 photo = sources.decode(data)

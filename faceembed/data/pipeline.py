@@ -96,9 +96,9 @@ def decode_all(
 
     def fill(index: int) -> str | None:
         try:
-            crops[index] = crop_square(photos.read(index), photos.square, size, margin)
-        except (OSError, ValueError) as error:
-            return f"{photos.keys[index]}: {error}"
+            crops[index] = _crop(photos, index, size, margin)
+        except ValueError as error:
+            return str(error)
         return None
 
     with concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
@@ -113,6 +113,14 @@ def decode_all(
             + more
         )
     return crops
+
+
+def _crop(photos: sources.Photos, index: int, size: int, margin: float) -> np.ndarray:
+    """One photo's crop; a ValueError names the photo."""
+    try:
+        return crop_square(photos.read(index), photos.square, size, margin)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{photos.keys[index]}: {error}") from error
 
 
 def _from_memory(
@@ -140,7 +148,7 @@ def _read_as_used(
     def read(place: int) -> dict[str, np.ndarray]:
         step, slot = start + place // len(slots), slots[place % len(slots)]
         index = plan(step)[slot]
-        image = crop_square(photos.read(int(index)), photos.square, size, margin)
+        image = _crop(photos, int(index), size, margin)
         return {"image": image, "identity": photos.identity[index], "index": index, "slot": slot}
 
     # Threads rather than worker processes: those deal photos round-robin and tear P×K batches apart.

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from faceembed.preprocess import Square
 
@@ -185,7 +186,8 @@ def _prepared(source: str, data_dir: Path) -> Photos:
     def read(index: int) -> np.ndarray:
         try:
             return decode(examples[int(record[index])])
-        except ValueError as error:
+        # array_record raises RuntimeError where a checksum does not fit.
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{source}: photo {keys[index]} does not decode ({error}): the prepared set is damaged. "
                 f"Run python launch.py data prepare {source} --overwrite again."
@@ -207,16 +209,20 @@ class _Records:
     """The encoded images of a prepared set by record number; opened by the first read."""
 
     def __init__(self, folder: Path):
+        # Here and not in the first read: that comes from a pool of threads, and while tensorflow-datasets is imported
+        # the import statements of all other threads fail (etils replaces `__import__` for the whole process).
+        import tensorflow_datasets as tfds
+
+        self._tfds: Any = tfds
         self._folder, self._lock = folder, threading.Lock()
         self._source: Any = None
 
     def __getitem__(self, record: int) -> bytes:
         with self._lock:
             if self._source is None:
-                import tensorflow_datasets as tfds
-
-                builder = tfds.builder_from_directory(self._folder)
-                self._source = builder.as_data_source(split="photos", decoders={"image": tfds.decode.SkipDecoding()})
+                builder = self._tfds.builder_from_directory(self._folder)
+                skip = self._tfds.decode.SkipDecoding()
+                self._source = builder.as_data_source(split="photos", decoders={"image": skip})
         return self._source[record]["image"]
 
 
@@ -393,8 +399,6 @@ def _digest(text: str) -> str:
 
 def progress_bar(items: Any, total: int | None, what: str, *, shown: bool = True) -> Any:
     """The items, with a progress bar on stderr where there are enough to wait for."""
-    from tqdm import tqdm
-
     live = sys.stderr.isatty()
     quiet = not shown or (total is not None and total < 1000)
     # A log file gets a line each half minute, and none for short work.

@@ -26,7 +26,8 @@ def make_encoder(name: str, *, dim: int | None = None, dtype: str = "float32", *
     Args:
       name: a key of `ENCODERS`.
       dim: d, the length of an embedding; None takes the family's published one.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters and embeddings are float32 either way.
+      dtype: compute dtype, "float32", "bfloat16" (parameters and embeddings stay float32) or, for comparisons with 64-bit
+        numbers switched on, "float64".
       **options: the family's own attributes, for example `widths` of "convnet".
 
     Returns:
@@ -38,7 +39,7 @@ def make_encoder(name: str, *, dim: int | None = None, dtype: str = "float32", *
     if name not in ENCODERS:
         raise ValueError(f"no encoder is called {name!r}; choose one of {', '.join(ENCODERS)}.")
     if dtype not in ("float32", "bfloat16", "float64"):
-        raise ValueError(f"an encoder computes in float32 or bfloat16, not {dtype!r}; try dtype='float32'.")
+        raise ValueError(f"an encoder computes in float32, bfloat16 or float64, not {dtype!r}; try dtype='float32'.")
     known = inspect.signature(ENCODERS[name]).parameters.keys() - {"parent", "name"}
     if unknown := sorted(options.keys() - known):
         raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")

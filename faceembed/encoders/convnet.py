@@ -46,7 +46,7 @@ class ConvNet(nn.Module):
       widths: channels of each stage. The stem halves the image and every stage but the first halves it again, so 64 px
         become 32, 16, 8, 4. Multiples of 16 are fast on CPU: 24 channels at 32 px take longer than 32 do.
       blocks: residual blocks in each stage.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters, statistics and embeddings are float32.
+      dtype: compute dtype, "float32", "bfloat16" (parameters, statistics and embeddings stay float32) or "float64".
       axis_name: mesh axis for batch statistics inside `shard_map` or `pmap`; None under `jit`.
     """
 
@@ -94,8 +94,8 @@ class ConvNet(nn.Module):
                 strides = 2 if stage > 1 and block == 1 else 1
                 name = f"stage{stage}_block{block}"
                 x = _Block(width, strides, self.dtype, self.axis_name, name=name)(x, train=train)
-        features = jnp.mean(nn.relu(x.astype(jnp.float32)), axis=(1, 2))
+        features = jnp.mean(nn.relu(x.astype(layers.wide(self.dtype))), axis=(1, 2))
         flat = x.reshape(x.shape[0], -1)
         y = nn.Dense(self.dim, use_bias=False, dtype=jnp.dtype(self.dtype), name="embedding")(flat)
-        y = layers.batch_norm(name="embedding_bn", train=train, dtype="float32", axis_name=self.axis_name)(y)
+        y = layers.batch_norm(name="embedding_bn", train=train, dtype=layers.wide(self.dtype), axis_name=self.axis_name)(y)
         return features, layers.unit_length(y)

@@ -51,7 +51,7 @@ class IResNet(nn.Module):
       dim: d, the length of an embedding.
       dropout: share of the last map's values that is dropped in training, in [0, 1); when it is not 0,
         `apply(..., train=True)` needs `rngs={"dropout": key}`.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters, statistics and embeddings are float32.
+      dtype: compute dtype, "float32", "bfloat16" (parameters, statistics and embeddings stay float32) or "float64".
       axis_name: mesh axis for batch statistics inside `shard_map` or `pmap`; None under `jit`.
     """
 
@@ -97,11 +97,11 @@ class IResNet(nn.Module):
                 name = f"stage{stage}_block{block}"
                 x = _Block(width, strides, self.dtype, self.axis_name, name=name)(x, train=train)
         x = norm("final_bn", self.dtype)(x)
-        features = jnp.mean(nn.relu(x.astype(jnp.float32)), axis=(1, 2))
+        features = jnp.mean(nn.relu(x.astype(layers.wide(self.dtype))), axis=(1, 2))
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
         flat = x.reshape(x.shape[0], -1)
         y = nn.Dense(self.dim, dtype=jnp.dtype(self.dtype), kernel_init=_dense_init, name="embedding")(flat)
-        y = norm("embedding_bn", "float32", use_scale=False)(y)
+        y = norm("embedding_bn", layers.wide(self.dtype), use_scale=False)(y)
         return features, layers.unit_length(y)
 
 

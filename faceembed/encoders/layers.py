@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 Form = Literal["dots", "conv"]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float64"]
 Initializer = jax.nn.initializers.Initializer
 
 BATCH_NORM_MOMENTUM = 0.9
@@ -178,9 +178,14 @@ def batch_norm(
 
 
 def unit_length(x: jax.Array) -> jax.Array:
-    """x [b, d] divided by its Euclidean norm, in float32; a zero vector stays zero and has a finite gradient."""
-    x = x.astype(jnp.float32)
+    """x [b, d] divided by its Euclidean norm, in float32 at least; a zero vector stays zero and has a finite gradient."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + UNIT_LENGTH_EPSILON)
+
+
+def wide(dtype: Dtype) -> Dtype:
+    """What embeddings and their normalisation are computed in: float32 under bfloat16, else the compute dtype itself."""
+    return "float32" if dtype == "bfloat16" else dtype
 
 
 def check_images(images: jax.Array) -> None:

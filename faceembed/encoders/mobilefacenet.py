@@ -47,7 +47,7 @@ class MobileFaceNet(nn.Module):
 
     Attributes:
       dim: d, the length of an embedding.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters, statistics and embeddings are float32.
+      dtype: compute dtype, "float32", "bfloat16" (parameters, statistics and embeddings stay float32) or "float64".
       axis_name: mesh axis for batch statistics inside `shard_map` or `pmap`; None under `jit`.
     """
 
@@ -99,5 +99,5 @@ class MobileFaceNet(nn.Module):
         x = layers.PReLU(name="separable_prelu")(norm("separable_bn", self.dtype)(x))
         x = norm("global_bn", self.dtype)(layers.GlobalDepthwise(self.dtype, name="global_depthwise")(x))
         y = nn.Dense(self.dim, use_bias=False, dtype=jnp.dtype(self.dtype), name="embedding")(x)
-        y = norm("embedding_bn", "float32")(y)
-        return nn.relu(x).astype(jnp.float32), layers.unit_length(y)
+        y = norm("embedding_bn", layers.wide(self.dtype))(y)
+        return nn.relu(x).astype(layers.wide(self.dtype)), layers.unit_length(y)
