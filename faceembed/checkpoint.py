@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,15 +203,18 @@ def find_step(path: Path) -> Path:
         return path
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected a run directory of `launch.py train`, or a step of one.")
+    # Orbax renames a step into place when it is whole: a directory with a bare number is a complete one.
     folder = path / "checkpoints"
-    if not folder.is_dir() or not any(child.name.isdigit() for child in folder.iterdir()):
+    scores = {}
+    for step in folder.iterdir() if folder.is_dir() else ():
+        if step.name.isdigit() and (step / "metrics").is_dir():
+            scores[step] = json.loads((step / "metrics" / "metrics").read_text())["score"]
+    if not scores:
         raise FileNotFoundError(
             f"{path} holds no complete checkpoint: expected {folder}/STEP/params. "
             "If the run was stopped before its first save, start the same command again."
         )
-    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["score"], best_mode="max", read_only=True)
-    with ocp.CheckpointManager(folder.resolve(), item_names=ITEMS, options=options) as manager:
-        return folder / str(manager.best_step())
+    return max(scores, key=lambda step: (scores[step], int(step.name)))
 
 
 def read_evaluation(path: Path) -> tuple[configs.Experiment, dict[str, Any], dict[str, Any]]:
@@ -224,15 +228,15 @@ def read_evaluation(path: Path) -> tuple[configs.Experiment, dict[str, Any], dic
       device, whatever devices trained them.
     """
     step = find_step(path)
-    handler = ocp.Checkpointer(ocp.JsonCheckpointHandler())
-    with contextlib.closing(handler):
-        experiment = configs.from_json(handler.restore((step / "config").resolve())["json"])
-        data = handler.restore((step / "data").resolve())
-    with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
-        folder = (step / "params").resolve()
-        tree = checkpointer.metadata(folder).item_metadata.tree
-        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        ema = checkpointer.restore(folder, restore_args=arguments)["ema"]
+    step = step.resolve()
+    facts = ocp.JsonCheckpointHandler()
+    arrays = ocp.PyTreeCheckpointHandler()
+    with contextlib.closing(facts), contextlib.closing(arrays):
+        experiment = configs.from_json(facts.restore(step / "config")["json"])
+        data = facts.restore(step / "data")
+        abstract = arrays.metadata(step / "params").tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+        ema = arrays.restore(step / "params", args=ocp.args.PyTreeRestore(restore_args=as_numpy))["ema"]
     return experiment, {"params": ema["params"], "batch_stats": ema["batch_stats"]}, data
 
 

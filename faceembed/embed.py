@@ -13,6 +13,7 @@ import numpy as np
 
 from faceembed import checkpoint, config, encoders, preprocess
 from faceembed.data import sources
+from faceembed.verification import heads
 
 EmbedFn = Callable[[Any, Any], jax.Array]
 """(variables, uint8 images [b, s, s, 3]) → [b, d]."""
@@ -85,6 +86,21 @@ class Embedder:
     def size(self) -> int:
         """Side of the crops that `__call__` takes, in pixels."""
         return self.preprocess.size
+
+    def head(self, name: str = "logistic_distance") -> heads.Head:
+        """A verification head fitted on calibrate people: `head.score(a, b) >= head.threshold` means same person.
+
+        Raises:
+          ValueError: if the checkpoint has no policy, or no such head in it.
+        """
+        if self.policy is None:
+            raise ValueError(
+                f"{self.path} has no policy.json for its parameters: the run did not end, or this is not its best step. "
+                "Let the run end, or fit a head: fe.verify.fit('logistic_distance', a, b, same)."
+            )
+        if name not in self.policy["heads"]:
+            raise ValueError(f"the policy has no head {name!r}; it has {', '.join(self.policy['heads'])}.")
+        return heads.Head.from_dict(self.policy["heads"][name])
 
     def __call__(self, images: np.ndarray, batch: int = 256) -> np.ndarray:
         """Embeds crops.

@@ -100,7 +100,7 @@ def crop_square(photo: np.ndarray, square: Square | None, size: int, margin: flo
 
 
 def normalize(preprocess: Preprocess, images: Any) -> Any:
-    """uint8 or float RGB [b, h, w, 3] in 0-255 → the encoder's float32 input. Works on NumPy and JAX arrays."""
+    """RGB [b, h, w, 3] in 0-255 → the encoder's input, float32 (float64 stays). Works on NumPy and JAX arrays."""
     if preprocess.colour == "bgr":
         images = images[..., ::-1]
-    return (images.astype("float32") - preprocess.mean) / preprocess.scale
+    return (images.astype(np.promote_types(images.dtype, np.float32)) - preprocess.mean) / preprocess.scale

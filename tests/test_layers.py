@@ -25,7 +25,7 @@ ALLOWED = {
     "verification": {"verification", "metrics", "uncertainty", "report"},
     "training.step": {"mesh"},
     "checkpoint": {"config", "training.step"},
-    "embed": {"checkpoint", "config", "data", "encoders", "preprocess"},
+    "embed": {"checkpoint", "config", "data", "encoders", "preprocess", "verification"},
     "evaluate": {"checkpoint", "data", "embed", "report", "verification"},
     "training.loop": {
         "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "training.step",

@@ -1,5 +1,8 @@
 """Augmentation on the device: pure, and keyed by (seed, step, slot), so that any topology draws the same."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -29,6 +32,7 @@ def augment(
     grey: float = 0.0,
     erase: float = 0.0,
     degrade: float = 0.0,
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
     """Draws one augmented view of each photo.
 
@@ -44,20 +48,21 @@ def augment(
       grey: share of photos turned grey.
       erase: share of photos with a rectangle (2-20 % of the area) replaced by noise (Zhong et al. 2020).
       degrade: share of photos blurred with a Gaussian of 0.5-2 px at size 64.
+      dtype: of the arithmetic, float32 or float64. The draws are the same in both.
 
     Returns:
-      float32 [b, size, size, 3] in 0-255. With everything off: the central crop.
+      [b, size, size, 3] in `dtype`, 0-255. With everything off: the central crop.
     """
 
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
         warp_key, colour_key, grey_key, erase_key, degrade_key = jax.random.split(key, 5)
-        view = _warp(warp_key, image.astype(jnp.float32), size, flip, rotation, scale, shift)
+        view = _warp(warp_key, image.astype(dtype), size, flip, rotation, scale, shift)
         if degrade:
             view = _degrade(degrade_key, view, degrade)
         if colour:
             view = _colour(colour_key, view, colour)
         if grey:
-            luma = view @ jnp.array([0.299, 0.587, 0.114], jnp.float32)
+            luma = view @ jnp.array([0.299, 0.587, 0.114], dtype)
             view = jnp.where(_uniform(grey_key) < grey, luma[..., None], view)
         if erase:
             view = _erase(erase_key, view, erase)
@@ -80,13 +85,14 @@ def _uniform(key: jax.Array, shape: tuple[int, ...] = (), low: float = 0.0, high
 def _warp(key: jax.Array, image: jax.Array, size: int, flip: bool, rotation: float, scale: float, shift: float):
     """Rotation, scale, shift and mirror in one bilinear reading; outside the crop its edge repeats."""
     flip_key, rotation_key, scale_key, shift_key = jax.random.split(key, 4)
-    angle = _uniform(rotation_key, (), -rotation, rotation) * (jnp.pi / 180)
-    zoom = jnp.exp(_uniform(scale_key, (), -1.0, 1.0) * jnp.log1p(jnp.float32(scale)))
-    move = _uniform(shift_key, (2,), -shift, shift) * size
-    mirror = jnp.where(_uniform(flip_key) < 0.5, -1.0, 1.0) if flip else jnp.float32(1.0)
+    dtype = image.dtype
+    angle = _uniform(rotation_key, (), -rotation, rotation).astype(dtype) * (jnp.pi / 180)
+    zoom = jnp.exp(_uniform(scale_key, (), -1.0, 1.0).astype(dtype) * math.log1p(scale))
+    move = _uniform(shift_key, (2,), -shift, shift).astype(dtype) * size
+    mirror = jnp.where(_uniform(flip_key) < 0.5, -1, 1).astype(dtype) if flip else 1
 
-    middle = jnp.float32((image.shape[0] - 1) / 2)
-    axis = jnp.arange(size, dtype=jnp.float32) - (size - 1) / 2
+    middle = (image.shape[0] - 1) / 2
+    axis = jnp.arange(size, dtype=dtype) - (size - 1) / 2
     y, x = axis[:, None], axis[None, :] * mirror
     cos, sin = jnp.cos(angle) * zoom, jnp.sin(angle) * zoom
     last = image.shape[0] - 1
@@ -103,12 +109,14 @@ def _warp(key: jax.Array, image: jax.Array, size: int, flip: bool, rotation: flo
 def _colour(key: jax.Array, view: jax.Array, strength: float) -> jax.Array:
     brightness_key, contrast_key, saturation_key, gain_key = jax.random.split(key, 4)
     low, high = 1 - 0.7 * strength, 1 + 0.7 * strength
-    view = view * _uniform(brightness_key, (), low, high)
+    brightness, contrast = (_uniform(k, (), low, high).astype(view.dtype) for k in (brightness_key, contrast_key))
+    saturation = _uniform(saturation_key, (), 1 - strength, 1 + strength).astype(view.dtype)
+    gain = _uniform(gain_key, (3,), 1 - 0.3 * strength, 1 + 0.3 * strength).astype(view.dtype)
+    view = view * brightness
     mean = view.mean()
-    view = mean + (view - mean) * _uniform(contrast_key, (), low, high)
+    view = mean + (view - mean) * contrast
     luma = view.mean(-1, keepdims=True)
-    view = luma + (view - luma) * _uniform(saturation_key, (), 1 - strength, 1 + strength)
-    return view * _uniform(gain_key, (3,), 1 - 0.3 * strength, 1 + 0.3 * strength)
+    return (luma + (view - luma) * saturation) * gain
 
 
 def _erase(key: jax.Array, view: jax.Array, share: float) -> jax.Array:
@@ -122,7 +130,7 @@ def _erase(key: jax.Array, view: jax.Array, share: float) -> jax.Array:
     inside = (jnp.abs(axis - middle[0]) < half[0])[:, None] & (jnp.abs(axis - middle[1]) < half[1])[None, :]
     inside &= _uniform(on_key) < share
     # One coarse draw enlarged: per-pixel noise would cost more than the rest of the augmentation together.
-    noise = _uniform(noise_key, (8, 8, 3), 0.0, 255.0)
+    noise = _uniform(noise_key, (8, 8, 3), 0.0, 255.0).astype(view.dtype)
     cell = jnp.arange(size) * 8 // size
     return jnp.where(inside[..., None], noise[cell][:, cell], view)
 
@@ -130,10 +138,10 @@ def _erase(key: jax.Array, view: jax.Array, share: float) -> jax.Array:
 def _degrade(key: jax.Array, view: jax.Array, share: float) -> jax.Array:
     on_key, sigma_key = jax.random.split(key)
     size = view.shape[0]
-    sigma = _uniform(sigma_key, (), 0.5, 2.0) * size / 64
-    axis = jnp.arange(size, dtype=jnp.float32)
+    sigma = _uniform(sigma_key, (), 0.5, 2.0).astype(view.dtype) * size / 64
+    axis = jnp.arange(size, dtype=view.dtype)
     kernel = jnp.exp(-0.5 * ((axis[:, None] - axis[None, :]) / sigma) ** 2)
     kernel /= kernel.sum(1, keepdims=True)
     # A separable blur as two small matrix products: cheaper on every back end than a convolution per photo.
-    kernel = jnp.where(_uniform(on_key) < share, kernel, jnp.eye(size, dtype=jnp.float32))
+    kernel = jnp.where(_uniform(on_key) < share, kernel, jnp.eye(size, dtype=view.dtype))
     return jnp.einsum("yh,hwc,xw->yxc", kernel, view, kernel)

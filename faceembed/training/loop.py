@@ -154,10 +154,11 @@ def make_loss(loss: config.Loss, dim: int) -> tuple[steps.LossFn, Any]:
 def make_views(experiment: config.Experiment) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """(step, slot [b], uint8 images) → what the encoder sees in training: augmented and normalised."""
     pre, options = experiment.preprocess, dataclasses.asdict(experiment.augment)
+    dtype = "float64" if experiment.precision == "float64" else "float32"
 
     def views(step: jax.Array, slot: jax.Array, images: jax.Array) -> jax.Array:
         keys = augment.slot_keys(experiment.seed, step, slot)
-        return preprocess.normalize(pre, augment.augment(keys, images, size=pre.size, **options))
+        return preprocess.normalize(pre, augment.augment(keys, images, size=pre.size, dtype=dtype, **options))
 
     return views
 

@@ -1,0 +1,286 @@
+"""Training as it is used: real processes, a real kill, and what is left behind afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STEPS = 16
+TINY = (
+    "quickstart", "--data.people", "120", "--data.photos", "4", "--preprocess.size", "32", "--encoder.widths", "4", "8",
+    "--encoder.blocks", "1", "1", "--encoder.dim", "16", "--batch.people", "8", "--steps", str(STEPS),
+    "--checkpoint.every", "4", "--checkpoint.log", "2", "--no-progress",
+)  # fmt: skip
+
+
+def environment(devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
+
+
+def start(run, *more, devices=1):
+    command = [sys.executable, "launch.py", "train", *TINY, "--run-dir", str(run), *more]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(process, path):
+    """Until a file is there; fails at once if the process ends before."""
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted, and what it printed."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    return run, finish(start(run))
+
+
+def state_of(run, step):
+    """Every array of a checkpoint, the optimizer's included, as NumPy arrays by name."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    arrays = {}
+    for item in ("params", "train"):
+        handler = ocp.PyTreeCheckpointHandler()
+        folder = run / "checkpoints" / str(step) / item
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder).tree)
+        restored = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        arrays |= {item + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+        handler.close()
+    return arrays
+
+
+def metrics_of(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "images_per_s"} for row in rows]
+
+
+def test_a_run_learns_and_leaves_what_it_promises(whole):
+    run, printed = whole
+    rows = metrics_of(run)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(2, STEPS + 1, 2))
+    assert [row["step"] for row in rows if "select_auc" in row] == [4, 8, 12, 16]
+    for row in rows:
+        if "loss" in row:
+            assert {"active", "d_ap_q50", "d_an_q50", "grad_norm", "learning_rate"} <= set(row)
+            assert row["skipped"] == 0
+    results = json.loads((run / "results.json").read_text())["results"]
+    assert list(results["heads"]) == ["threshold", "logistic_distance", "logistic_abs"]
+    # What is printed is what is written.
+    accuracy = results["heads"]["logistic_distance"]["accuracy"]
+    assert f"logistic_distance  {100 * accuracy:.2f} %" in printed
+    assert "report people" in printed
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(whole, tmp_path):
+    run = tmp_path / "killed"
+    process = start(run)
+    wait_for(process, run / "checkpoints" / "8" / "_CHECKPOINT_METADATA")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (run / "results.json").exists(), "the kill came too late to mean anything"
+    printed = finish(start(run))
+    assert "going on from step" in printed
+    expected, got = state_of(whole[0], STEPS), state_of(run, STEPS)
+    assert expected.keys() == got.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+    assert sum("opt_state" in name for name in expected) > 10
+    # The log reads as if nothing had happened, and so does the table.
+    assert metrics_of(run) == metrics_of(whole[0])
+    first, second = (json.loads((folder / "results.json").read_text())["results"] for folder in (whole[0], run))
+    assert first == second
+    assert not list(run.glob("checkpoints/*tmp*"))
+
+
+def test_a_second_launch_on_a_live_run_directory_is_refused(tmp_path):
+    run = tmp_path / "live"
+    process = start(run, "--steps", "100000")
+    try:
+        wait_for(process, run / "metrics.jsonl")
+        second = start(run, "--steps", "100000")
+        told = second.communicate(timeout=120)[0]
+        assert second.returncode == 1
+        assert f"is being trained by process {process.pid}" in told
+        assert "--run-dir" in told
+        assert process.poll() is None, "the first run must go on"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_another_experiment_in_the_run_directory_is_refused(whole):
+    process = start(whole[0], "--loss.margin", "0.3", "--checkpoint.log", "4")
+    told = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert "loss.margin: 0.2 there, 0.3 now" in told
+    assert "checkpoint.log" not in told  # how often to log may change
+
+
+def test_eight_devices_save_and_one_goes_on(whole, tmp_path):
+    run = tmp_path / "elastic"
+    process = start(run, devices=8)
+    wait_for(process, run / "checkpoints" / "8" / "_CHECKPOINT_METADATA")
+    process.kill()
+    process.communicate()
+    printed = finish(start(run, devices=1))
+    assert "devices 8 → 1" in printed
+    expected, got = state_of(whole[0], STEPS), state_of(run, STEPS)
+    for name in ("params", "train"):
+        a, b = (
+            np.concatenate([np.ravel(x).astype(np.float64) for key, x in sorted(arrays.items()) if key.startswith(name)])
+            for arrays in (got, expected)
+        )
+        assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 1e-3
+
+
+# ---- the checkpoint in use ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embedder(whole):
+    import faceembed as fe
+
+    return fe.load(whole[0])
+
+
+def test_embeddings_do_not_depend_on_company_and_are_flip_invariant(embedder):
+    photos = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    emb = embedder(photos)
+    np.testing.assert_allclose(np.linalg.norm(emb, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(embedder(photos[3:4])[0], emb[3], atol=1e-5)
+    np.testing.assert_allclose(embedder(photos, batch=2), emb, atol=1e-5)
+    np.testing.assert_allclose(embedder(photos[:, :, ::-1]), emb, atol=1e-5)
+    assert np.abs(emb[0] - emb[1]).max() > 1e-3
+
+
+def test_evaluation_uses_the_moving_averages(whole, embedder):
+    arrays = state_of(whole[0], int(embedder.path.name))
+    kernel = embedder.variables["params"]["stem_conv"]["kernel"]
+    np.testing.assert_array_equal(kernel, arrays["params['ema']['params']['stem_conv']['kernel']"])
+    assert np.abs(kernel - arrays["params['params']['stem_conv']['kernel']"]).max() > 0
+
+
+def test_a_mismatched_pipeline_is_refused(embedder, tmp_path):
+    photos = np.zeros((2, 32, 32, 3), np.uint8)
+    with pytest.raises(ValueError, match="float32: expected uint8"):
+        embedder(photos.astype(np.float32))
+    with pytest.raises(ValueError, match=r"takes \[n, 32, 32, 3\]"):
+        embedder(np.zeros((2, 64, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match="no images"):
+        embedder(photos[:0])
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff nothing more")
+    with pytest.raises(ValueError, match=r"broken\.jpg is no whole image"):
+        embedder.read([broken])
+    with pytest.raises(ValueError, match="framing 'lwf'"):
+        embedder.read([np.zeros((50, 50, 3), np.uint8)], framing="lwf")
+
+
+def test_a_policy_belongs_to_its_parameters(whole, embedder, tmp_path):
+    import shutil
+
+    import faceembed as fe
+
+    assert embedder.head("logistic_distance").calibrated
+    copy = tmp_path / "copy"
+    shutil.copytree(whole[0], copy)
+    policy = json.loads((copy / "policy.json").read_text())
+    policy["fingerprint"] = "0" * 64
+    (copy / "policy.json").write_text(json.dumps(policy))
+    other = fe.load(copy)
+    with pytest.raises(ValueError, match=r"no policy\.json for its parameters"):
+        other.head()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("nowhere", "does not exist"), (".", "holds no complete checkpoint")]
+)
+def test_loading_what_is_no_checkpoint(tmp_path, path, message):
+    import faceembed as fe
+
+    with pytest.raises(FileNotFoundError, match=message):
+        fe.load(tmp_path / path)
+
+
+def test_verify_and_embed_by_command(whole, tmp_path):
+    def launch(*arguments):
+        done = subprocess.run(
+            [sys.executable, "launch.py", *arguments], cwd=ROOT, env=environment(), text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    from PIL import Image
+
+    from faceembed.data import synthetic
+
+    person, photo = np.divmod(np.arange(24), 3)
+    for who, which, pixels in zip(person, photo, synthetic.render(5, person, photo, size=48), strict=True):
+        folder = tmp_path / "photos" / f"person{who}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{which}.png")
+    out = tmp_path / "faces.npz"
+    data_dir = ("--data-dir", str(tmp_path / "data"))
+    told = launch("embed", str(whole[0]), f"folder:{tmp_path / 'photos'}", "--out", str(out), "--no-progress", *data_dir)
+    assert "24 embeddings of 16 numbers, 8 people" in told
+    with np.load(out) as saved:
+        assert saved["embedding"].shape == (24, 16)
+        np.testing.assert_array_equal(saved["identity"], np.repeat(np.arange(8), 3))
+        by_command = saved["embedding"]
+
+    lines = ["a,b,same,fold"]
+    rows = []
+    for fold in range(4):
+        for who in (2 * fold, 2 * fold + 1):
+            rows += [(3 * who, 3 * who + 1, 1, fold), (3 * who, 3 * who + 2, 1, fold)]
+            other = 2 * fold + (who + 1) % 2
+            rows += [(3 * who, 3 * other + 1, 0, fold), (3 * who + 1, 3 * other + 2, 0, fold)]
+    name = lambda index: f"photos/person{index // 3}/{index % 3}.png"  # noqa: E731
+    lines += [f"{name(a)},{name(b)},{same},{fold}" for a, b, same, fold in rows]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    told = launch("verify", str(whole[0]), "--pairs", f"csv:{tmp_path / 'pairs.csv'}", "--out", str(tmp_path / "out"),
+                  "--no-progress", *data_dir)  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    # The same figures from the saved embeddings, through the library.
+    import faceembed as fe
+
+    a, b, same, fold = (np.array(column) for column in zip(*rows, strict=True))
+    again = fe.verify.compare(by_command[a], by_command[b], same.astype(bool), a // 3, b // 3, folds=fold)
+    for head in again:
+        assert results["heads"][head]["accuracy"] == pytest.approx(again[head].accuracy, abs=1e-9)
+        assert results["heads"][head]["auc"] == pytest.approx(again[head].auc, abs=1e-4)
+
+
+def test_verify_warns_of_training_people(whole, embedder):
+    from faceembed import evaluate
+
+    names = np.array([f"stranger{i}" for i in range(5)])
+    assert evaluate.training_people(embedder, names) == []
+    from faceembed.data import sources, splits
+
+    photos = sources.open_source("synthetic", people=120, photos=4, seed=0, size=36)
+    part = splits.split_of(photos.people)
+    known = evaluate.training_people(embedder, photos.people)
+    assert known == photos.people[part == "train"].tolist()
