@@ -1,7 +1,7 @@
 """Training on aligned CelebA photographs, for two CPU cores.
 
-    python launch.py data prepare celeba --archive img_align_celeba_10k.tar --identities identity_CelebA.txt
-    python launch.py train celeba
+python launch.py data prepare celeba --archive img_align_celeba_10k.tar --identities identity_CelebA.txt
+python launch.py train celeba
 """
 
 from faceembed import config

@@ -1,6 +1,6 @@
 """Does everything work here? A small network on synthetic faces.
 
-    python launch.py train quickstart
+python launch.py train quickstart
 """
 
 from faceembed import config

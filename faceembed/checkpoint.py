@@ -202,7 +202,9 @@ def find_step(path: Path) -> Path:
     if (path / "params").is_dir():
         return path
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: expected a run directory of `launch.py train`, or a step of one.")
+        raise FileNotFoundError(
+            f"{path} does not exist: expected a run directory of `launch.py train`, or a step of one."
+        )
     # Orbax renames a step into place when it is whole: a directory with a bare number is a complete one.
     folder = path / "checkpoints"
     scores = {}
@@ -248,5 +250,3 @@ def fingerprint(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-

@@ -204,7 +204,9 @@ class Augment:
         for name in ("grey", "erase", "degrade"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
-                raise ValueError(f"augment.{name} is {share}: it is a share of photos, 0 to 1. Try --augment.{name} 0.2.")
+                raise ValueError(
+                    f"augment.{name} is {share}: it is a share of photos, 0 to 1. Try --augment.{name} 0.2."
+                )
         for name, top in (("rotation", 180.0), ("scale", 0.9), ("shift", 1.0), ("colour", 1.0)):
             if not 0 <= getattr(self, name) <= top:
                 raise ValueError(

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from faceembed import checkpoint, config, encoders, preprocess
+from faceembed import checkpoint, config, encoders
 from faceembed.data import sources
+from faceembed.preprocess import Preprocess, Square, crop_square, framed_square, normalize
 from faceembed.verification import heads
 
 EmbedFn = Callable[[Any, Any], jax.Array]
@@ -26,18 +27,21 @@ def build_encoder(experiment: config.Experiment) -> nn.Module:
     return encoders.make_encoder(config.encoder_name(experiment.encoder), dtype=experiment.precision, **options)
 
 
-def make_embed(encoder: nn.Module, pre: preprocess.Preprocess) -> EmbedFn:
+def make_embed(encoder: nn.Module, pre: Preprocess) -> EmbedFn:
     """Compiles an encoder with its preprocessing and flip fusion: one compilation a batch size.
 
     "sum" adds the embeddings of a photo and its mirror image, "concat" joins them; both have unit length.
     """
 
+    def encode(variables: Any, x: jax.Array) -> Any:
+        return encoder.apply(variables, x, train=False)
+
     @jax.jit
     def embed(variables: Any, images: jax.Array) -> jax.Array:
-        x = preprocess.normalize(pre, images)
+        x = normalize(pre, images)
         if pre.flip == "none":
-            return encoder.apply(variables, x, train=False)
-        both = encoder.apply(variables, jnp.concatenate([x, x[:, :, ::-1]]), train=False)
+            return encode(variables, x)
+        both = encode(variables, jnp.concatenate([x, x[:, :, ::-1]]))
         straight, mirrored = jnp.split(both, 2)
         fused = straight + mirrored if pre.flip == "sum" else jnp.concatenate([straight, mirrored], axis=1)
         return fused * jax.lax.rsqrt(jnp.sum(fused**2, axis=1, keepdims=True) + 1e-12)
@@ -72,7 +76,7 @@ class Embedder:
 
     variables: Any
     """{"params", "batch_stats"}, the moving averages of the training."""
-    preprocess: preprocess.Preprocess
+    preprocess: Preprocess
     config: config.Experiment
     data: dict[str, Any]
     """What the checkpoint was trained on."""
@@ -128,9 +132,7 @@ class Embedder:
             )
         return embed_all(self.embed, self.variables, images, batch)
 
-    def read(
-        self, photos: Sequence[str | Path | np.ndarray], framing: str | preprocess.Square | None = None
-    ) -> np.ndarray:
+    def read(self, photos: Sequence[str | Path | np.ndarray], framing: str | Square | None = None) -> np.ndarray:
         """Cuts crops from photos.
 
         Args:
@@ -151,8 +153,8 @@ class Embedder:
                     photo = sources.decode(Path(photo).read_bytes())
                 except ValueError as error:
                     raise ValueError(f"{photo} is no whole image: {error}") from error
-            square = preprocess.framing(framing, photo.shape[1]) if isinstance(framing, str) else framing
-            crops.append(preprocess.crop_square(photo, square, self.size))
+            square = framed_square(framing, photo.shape[1]) if isinstance(framing, str) else framing
+            crops.append(crop_square(photo, square, self.size))
         return np.stack(crops)
 
 

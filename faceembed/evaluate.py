@@ -72,9 +72,7 @@ def compare_pairs(
     heads: Sequence[str] = tuple(HEADS),
 ) -> Results:
     """Heads on tested pairs, with a warning when tested people are among the checkpoint's training people."""
-    results = compare(
-        test.a, test.b, test.same, test.people_a, test.people_b, train=fit, folds=folds, heads=heads
-    )
+    results = compare(test.a, test.b, test.same, test.people_a, test.people_b, train=fit, folds=folds, heads=heads)
     people = np.unique(np.concatenate([test.people_a, test.people_b]))
     shared = training_people(embedder, people)
     if not shared:
@@ -86,7 +84,9 @@ def compare_pairs(
     return dataclasses.replace(results, warnings=(*results.warnings, warning))
 
 
-def final_report(run: Path, people_of: dict[str, sources.Photos], seed: int, *, progress: bool = True) -> dict[str, Any]:
+def final_report(
+    run: Path, people_of: dict[str, sources.Photos], seed: int, *, progress: bool = True
+) -> dict[str, Any]:
     """Verification of report people by the best checkpoint, heads fitted on calibrate people; prints the table.
 
     Writes `results.json` and `policy.json` (the heads, bound to the parameters' fingerprint) into the run directory.

@@ -57,7 +57,7 @@ FRAMINGS: dict[str, tuple[int, Square]] = {
 """Where the "portrait" template lies in sets that come aligned: CelebA as aligned by its authors, deep-funneled LFW."""
 
 
-def framing(name: str, width: int) -> Square:
+def framed_square(name: str, width: int) -> Square:
     """The square of a named framing in a photo of this width, in pixels.
 
     Raises:
@@ -95,7 +95,9 @@ def crop_square(photo: np.ndarray, square: Square | None, size: int, margin: flo
         photo = np.pad(photo, ((pad, pad), (pad, pad), (0, 0)), mode="edge")
         left, top = left + pad, top + pad
     # `box` takes fractions of a pixel, and a reducing resize filters over every source pixel (antialiasing).
-    resized = Image.fromarray(photo).resize((out, out), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    resized = Image.fromarray(photo).resize(
+        (out, out), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+    )
     return np.asarray(resized)
 
 

@@ -42,7 +42,9 @@ def test_answers(arguments, status, says):
     assert "Traceback" not in told
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("train", "quickstart", "--bacth.people", "3"), ("train", "celeba", "-h")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("train", "quickstart", "--bacth.people", "3"), ("train", "celeba", "-h")]
+)
 def test_help_and_errors_come_before_jax_is_imported(arguments):
     # What makes them quick; a clock in a test would only measure the machine.
     code = (

@@ -73,7 +73,17 @@ def test_a_module_imports_only_what_its_layer_may(path):
 
 @pytest.mark.parametrize(
     "module",
-    ["config", "preprocess", "metrics", "uncertainty", "verification", "report", "data.pairs", "data.sources", "cli.train"],
+    [
+        "config",
+        "preprocess",
+        "metrics",
+        "uncertainty",
+        "verification",
+        "report",
+        "data.pairs",
+        "data.sources",
+        "cli.train",
+    ],
 )
 def test_starts_without_jax(module):
     code = f"import sys, faceembed.{module}; print(*[m for m in ('jax', 'tensorflow', 'torch') if m in sys.modules])"

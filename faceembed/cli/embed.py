@@ -39,7 +39,9 @@ def run(arguments: list[str]) -> None:
     """See the module."""
     options = tyro.cli(Options, args=arguments, prog="launch.py embed")
     if options.out.suffix != ".npz":
-        raise ValueError(f"--out is {options.out}: the result is an .npz file. Try --out {options.out.with_suffix('.npz')}.")
+        raise ValueError(
+            f"--out is {options.out}: the result is an .npz file. Try --out {options.out.with_suffix('.npz')}."
+        )
     if options.batch < 1:
         raise ValueError(f"--batch is {options.batch}: at least one photo at once. Try --batch 256.")
     from faceembed import report

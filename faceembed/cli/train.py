@@ -79,7 +79,9 @@ def chosen(arguments: list[str]) -> tuple[str, config.Experiment, list[str]]:
         members = config.CHOICES[field]
         if value not in members:
             near = difflib.get_close_matches(value, members, 1)
-            raise ValueError(f"--{field} is {value!r}; choose one of {', '.join(members)}. Try --{field} {(near or [*members])[0]}.")
+            raise ValueError(
+                f"--{field} is {value!r}; choose one of {', '.join(members)}. Try --{field} {(near or [*members])[0]}."
+            )
         experiment = dataclasses.replace(experiment, **{field: members[value]})
     return name, experiment, left
 
@@ -93,4 +95,3 @@ def use_compilation_cache() -> None:
     folder = Path("~/.cache/faceembed/xla").expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-

@@ -111,9 +111,7 @@ class Sampler:
         return shuffled[keep]
 
 
-def make_sampler(
-    identity: np.ndarray, *, people: int, photos: int, seed: int, singletons: float = 0.1
-) -> Sampler:
+def make_sampler(identity: np.ndarray, *, people: int, photos: int, seed: int, singletons: float = 0.1) -> Sampler:
     """Tables for the P×K plan of a set of photos.
 
     Args:

@@ -1,8 +1,8 @@
 """Where photos come from: every source gives the same `Photos`.
 
-    celeba | lfw      prepared once by `launch.py data prepare NAME`, read from array_record
-    folder:PATH       one folder a person, any image Pillow reads
-    synthetic         procedural identities, rendered when first read
+celeba | lfw      prepared once by `launch.py data prepare NAME`, read from array_record
+folder:PATH       one folder a person, any image Pillow reads
+synthetic         procedural identities, rendered when first read
 """
 
 import concurrent.futures

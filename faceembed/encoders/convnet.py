@@ -97,5 +97,7 @@ class ConvNet(nn.Module):
         features = jnp.mean(nn.relu(x.astype(layers.wide(self.dtype))), axis=(1, 2))
         flat = x.reshape(x.shape[0], -1)
         y = nn.Dense(self.dim, use_bias=False, dtype=jnp.dtype(self.dtype), name="embedding")(flat)
-        y = layers.batch_norm(name="embedding_bn", train=train, dtype=layers.wide(self.dtype), axis_name=self.axis_name)(y)
+        y = layers.batch_norm(
+            name="embedding_bn", train=train, dtype=layers.wide(self.dtype), axis_name=self.axis_name
+        )(y)
         return features, layers.unit_length(y)

@@ -20,7 +20,9 @@ from faceembed.data import augment, pairs, pipeline, sampling, sources
 from faceembed.training import step as steps
 
 
-def train(experiment: config.Experiment, run: Path, *, devices: int | None = None, progress: bool = True) -> dict[str, Any]:
+def train(
+    experiment: config.Experiment, run: Path, *, devices: int | None = None, progress: bool = True
+) -> dict[str, Any]:
     """Trains, or goes on with the training of a run directory, and ends with verification of report people.
 
     Args:
@@ -84,7 +86,8 @@ def train(experiment: config.Experiment, run: Path, *, devices: int | None = Non
         first = checkpoints.latest or 0
         if first:
             state = checkpoints.restore(state)
-            print(f"{run}: {'complete at' if first == experiment.steps else 'going on from'} step {first} of {experiment.steps}")
+            where = "complete at" if first == experiment.steps else "going on from"
+            print(f"{run}: {where} step {first} of {experiment.steps}")
         log = MetricsLog(run / "metrics.jsonl", first)
         record_environment(run, mesh)
 
