@@ -60,6 +60,11 @@ def run(arguments: list[str]) -> None:
 
     started = time.perf_counter()
     embedder = embed.load(options.checkpoint)
+    if options.pairs == "lfw:view2" and embedder.data.get("source") == "lfw":
+        raise ValueError(
+            f"{embedder.path} was trained on LFW images, and View 2's people are LFW's: its figure would not be one of "
+            "strangers. Use a checkpoint trained on other photos, such as python launch.py train celeba."
+        )
     test = evaluate.embed_pairs(embedder, test_photos, test_pairs, progress=options.progress)
     fit = None
     if fit_pairs is not None and fit_photos is not None:

@@ -130,11 +130,10 @@ def train(
 
 
 def open_data(data: config.Data, *, size: int, seed: int) -> sources.Photos:
-    """The source an experiment names. Synthetic photos are drawn large enough for the training crop."""
+    """The source an experiment names. Synthetic photos are drawn in the encoder's size, so that none is resized."""
     if data.source != "synthetic":
         return sources.open_source(data.source, data_dir=data.data_dir)
-    side = round(size * data.margin)
-    return sources.open_source("synthetic", people=data.people, photos=data.photos, seed=seed, size=side)
+    return sources.open_source("synthetic", people=data.people, photos=data.photos, seed=seed, size=size)
 
 
 def make_loss(loss: config.Loss, dim: int) -> tuple[steps.LossFn, Any]:
