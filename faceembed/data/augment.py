@@ -55,17 +55,18 @@ def augment(
     """
 
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
-        warp_key, colour_key, grey_key, erase_key, degrade_key = jax.random.split(key, 5)
-        view = _warp(warp_key, image.astype(dtype), size, flip, rotation, scale, shift)
+        # One draw for everything: a dozen separate ones would take longer to compile than the encoder.
+        draw = jax.random.uniform(key, (16 + 8 * 8 * 3,), jnp.float32).astype(dtype)
+        view = _warp(draw[0:5], image.astype(dtype), size, flip, rotation, scale, shift)
         if degrade:
-            view = _degrade(degrade_key, view, degrade)
+            view = _degrade(draw[5:7], view, degrade)
         if colour:
-            view = _colour(colour_key, view, colour)
+            view = _colour(draw[7:13], view, colour)
         if grey:
             luma = view @ jnp.array([0.299, 0.587, 0.114], dtype)
-            view = jnp.where(_uniform(grey_key) < grey, luma[..., None], view)
+            view = jnp.where(draw[13] < grey, luma[..., None], view)
         if erase:
-            view = _erase(erase_key, view, erase)
+            view = _erase(draw[14:16], draw[16:], view, erase)
         return jnp.clip(view, 0, 255)
 
     return jax.vmap(one)(keys, images)
@@ -77,22 +78,16 @@ def centre(images: jax.Array, size: int) -> jax.Array:
     return images[:, offset : offset + size, offset : offset + size]
 
 
-def _uniform(key: jax.Array, shape: tuple[int, ...] = (), low: float = 0.0, high: float = 1.0) -> jax.Array:
-    # The dtype is named, or the draws would differ when 64-bit numbers are switched on.
-    return jax.random.uniform(key, shape, jnp.float32, low, high)
-
-
-def _warp(key: jax.Array, image: jax.Array, size: int, flip: bool, rotation: float, scale: float, shift: float):
+def _warp(draw: jax.Array, image: jax.Array, size: int, flip: bool, rotation: float, scale: float, shift: float):
     """Rotation, scale, shift and mirror in one bilinear reading; outside the crop its edge repeats."""
-    flip_key, rotation_key, scale_key, shift_key = jax.random.split(key, 4)
-    dtype = image.dtype
-    angle = _uniform(rotation_key, (), -rotation, rotation).astype(dtype) * (jnp.pi / 180)
-    zoom = jnp.exp(_uniform(scale_key, (), -1.0, 1.0).astype(dtype) * math.log1p(scale))
-    move = _uniform(shift_key, (2,), -shift, shift).astype(dtype) * size
-    mirror = jnp.where(_uniform(flip_key) < 0.5, -1, 1).astype(dtype) if flip else 1
+    signed = 2 * draw - 1
+    angle = signed[0] * math.radians(rotation)
+    zoom = jnp.exp(signed[1] * math.log1p(scale))
+    move = signed[2:4] * shift * size
+    mirror = jnp.where(draw[4] < 0.5, -1, 1).astype(image.dtype) if flip else 1
 
     middle = (image.shape[0] - 1) / 2
-    axis = jnp.arange(size, dtype=dtype) - (size - 1) / 2
+    axis = jnp.arange(size, dtype=image.dtype) - (size - 1) / 2
     y, x = axis[:, None], axis[None, :] * mirror
     cos, sin = jnp.cos(angle) * zoom, jnp.sin(angle) * zoom
     last = image.shape[0] - 1
@@ -106,12 +101,9 @@ def _warp(key: jax.Array, image: jax.Array, size: int, flip: bool, rotation: flo
     return upper * (1 - down) + lower * down
 
 
-def _colour(key: jax.Array, view: jax.Array, strength: float) -> jax.Array:
-    brightness_key, contrast_key, saturation_key, gain_key = jax.random.split(key, 4)
-    low, high = 1 - 0.7 * strength, 1 + 0.7 * strength
-    brightness, contrast = (_uniform(k, (), low, high).astype(view.dtype) for k in (brightness_key, contrast_key))
-    saturation = _uniform(saturation_key, (), 1 - strength, 1 + strength).astype(view.dtype)
-    gain = _uniform(gain_key, (3,), 1 - 0.3 * strength, 1 + 0.3 * strength).astype(view.dtype)
+def _colour(draw: jax.Array, view: jax.Array, strength: float) -> jax.Array:
+    brightness, contrast, saturation = 1 + (2 * draw[:3] - 1) * strength * jnp.array([0.7, 0.7, 1.0], view.dtype)
+    gain = 1 + 0.3 * strength * (2 * draw[3:6] - 1)
     view = view * brightness
     mean = view.mean()
     view = mean + (view - mean) * contrast
@@ -119,29 +111,28 @@ def _colour(key: jax.Array, view: jax.Array, strength: float) -> jax.Array:
     return (luma + (view - luma) * saturation) * gain
 
 
-def _erase(key: jax.Array, view: jax.Array, share: float) -> jax.Array:
-    on_key, area_key, aspect_key, place_key, noise_key = jax.random.split(key, 5)
+def _erase(draw: jax.Array, noise: jax.Array, view: jax.Array, share: float) -> jax.Array:
     size = view.shape[0]
-    area = _uniform(area_key, (), 0.02, 0.2)
-    aspect = jnp.exp(_uniform(aspect_key, (), -1.0, 1.0) * jnp.log(jnp.float32(3)))
+    # What is left of a uniform draw below `share` is uniform again: it says how much is erased.
+    area = 0.02 + 0.18 * draw[0] / share
+    aspect = jnp.exp((2 * draw[1] - 1) * math.log(3))
     half = jnp.sqrt(area * jnp.stack([aspect, 1 / aspect])) * size / 2
-    middle = _uniform(place_key, (2,)) * size
-    axis = jnp.arange(size, dtype=jnp.float32) + 0.5
+    middle = noise[:2] * size
+    axis = jnp.arange(size, dtype=view.dtype) + 0.5
     inside = (jnp.abs(axis - middle[0]) < half[0])[:, None] & (jnp.abs(axis - middle[1]) < half[1])[None, :]
-    inside &= _uniform(on_key) < share
-    # One coarse draw enlarged: per-pixel noise would cost more than the rest of the augmentation together.
-    noise = _uniform(noise_key, (8, 8, 3), 0.0, 255.0).astype(view.dtype)
+    inside &= draw[0] < share
+    # One coarse patch enlarged: per-pixel noise would cost more than the rest of the augmentation together.
+    patch = 255 * noise.reshape(8, 8, 3)
     cell = jnp.arange(size) * 8 // size
-    return jnp.where(inside[..., None], noise[cell][:, cell], view)
+    return jnp.where(inside[..., None], patch[cell][:, cell], view)
 
 
-def _degrade(key: jax.Array, view: jax.Array, share: float) -> jax.Array:
-    on_key, sigma_key = jax.random.split(key)
+def _degrade(draw: jax.Array, view: jax.Array, share: float) -> jax.Array:
     size = view.shape[0]
-    sigma = _uniform(sigma_key, (), 0.5, 2.0).astype(view.dtype) * size / 64
+    sigma = (0.5 + 1.5 * draw[0]) * size / 64
     axis = jnp.arange(size, dtype=view.dtype)
     kernel = jnp.exp(-0.5 * ((axis[:, None] - axis[None, :]) / sigma) ** 2)
     kernel /= kernel.sum(1, keepdims=True)
     # A separable blur as two small matrix products: cheaper on every back end than a convolution per photo.
-    kernel = jnp.where(_uniform(on_key) < share, kernel, jnp.eye(size, dtype=view.dtype))
+    kernel = jnp.where(draw[1] < share, kernel, jnp.eye(size, dtype=view.dtype))
     return jnp.einsum("yh,hwc,xw->yxc", kernel, view, kernel)
