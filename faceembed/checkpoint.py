@@ -86,6 +86,21 @@ class Checkpoints:
             metrics={"score": float(score)},
         )
 
+    def check_data(self, data: dict[str, Any], run: Path) -> None:
+        """Refuses to go on with other photos than the newest step was trained on: the plan of batches would be another.
+
+        Raises:
+          ValueError: if the sources' fingerprints differ.
+        """
+        args = ocp.args.Composite(data=ocp.args.JsonRestore())
+        stored = self._manager.restore(self.latest, args=args)["data"]
+        if stored["fingerprint"] != data["fingerprint"]:
+            raise ValueError(
+                f"{data['source']} is not what {run} was trained on: {stored['people']:,} training people with "
+                f"{stored['photos']:,} photos there, {data['people']:,} with {data['photos']:,} now, and other contents. "
+                "Bring the photos back as they were, or start afresh with another --run-dir."
+            )
+
     def restore(self, state: TrainState) -> TrainState:
         """The newest step, laid out as `state` is: its shardings decide, so any number of devices restores any other's.
 
@@ -132,7 +147,7 @@ def check_same(run: Path, experiment: configs.Experiment) -> None:
       ValueError: naming every field that differs.
     """
     path = run / "config.json"
-    if not path.exists():
+    if not path.exists() or not _complete_steps(run):
         return
     stored = configs.from_json(path.read_text())
 
@@ -192,6 +207,13 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _complete_steps(run: Path) -> list[Path]:
+    # Orbax renames a step into place when it is whole: a directory with a bare number is a complete one.
+    folder = run / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [step for step in found if step.name.isdigit() and (step / "metrics").is_dir()]
+
+
 def find_step(path: Path) -> Path:
     """The step directory meant by a path: itself, or the best step of a run directory.
 
@@ -205,15 +227,10 @@ def find_step(path: Path) -> Path:
         raise FileNotFoundError(
             f"{path} does not exist: expected a run directory of `launch.py train`, or a step of one."
         )
-    # Orbax renames a step into place when it is whole: a directory with a bare number is a complete one.
-    folder = path / "checkpoints"
-    scores = {}
-    for step in folder.iterdir() if folder.is_dir() else ():
-        if step.name.isdigit() and (step / "metrics").is_dir():
-            scores[step] = json.loads((step / "metrics" / "metrics").read_text())["score"]
+    scores = {step: json.loads((step / "metrics" / "metrics").read_text())["score"] for step in _complete_steps(path)}
     if not scores:
         raise FileNotFoundError(
-            f"{path} holds no complete checkpoint: expected {folder}/STEP/params. "
+            f"{path} holds no complete checkpoint: expected {path}/checkpoints/STEP/params. "
             "If the run was stopped before its first save, start the same command again."
         )
     return max(scores, key=lambda step: (scores[step], int(step.name)))

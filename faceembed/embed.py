@@ -171,7 +171,7 @@ def load(path: str | Path) -> Embedder:
       FileNotFoundError: if there is no complete checkpoint.
       ValueError: if its config is of another version, or `policy.json` belongs to other parameters.
     """
-    step = checkpoint.find_step(Path(path))
+    step = checkpoint.find_step(Path(path)).resolve()
     experiment, variables, data = checkpoint.read_evaluation(step)
     policy = None
     policy_file = step.parents[1] / "policy.json"

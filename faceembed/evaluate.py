@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from faceembed import checkpoint, embed, report
+from faceembed import checkpoint, embed, metrics, report
 from faceembed.data import pairs as pair_lists
 from faceembed.data import pipeline, sources, splits
-from faceembed.verification import HEADS, EmbeddedPairs, Results, compare
+from faceembed.verification import HEADS, EmbeddedPairs, HeadResult, Results, compare
 
 
 def split_photos(photos: sources.Photos) -> dict[str, sources.Photos]:
@@ -84,9 +84,24 @@ def compare_pairs(
     return dataclasses.replace(results, warnings=(*results.warnings, warning))
 
 
-def final_report(
-    run: Path, people_of: dict[str, sources.Photos], seed: int, *, progress: bool = True
-) -> dict[str, Any]:
+def _operating_points(result: HeadResult) -> list[dict[str, Any]]:
+    """Thresholds with the FMR each was set for on calibrate people; an FMR that their pairs cannot resolve has none."""
+    points = []
+    for point in result.tar.values():
+        resolution = metrics.resolvable(point.target, point.n_impostor_train)
+        if resolution:
+            points.append(
+                {
+                    "fmr": point.target,
+                    "threshold": point.threshold,
+                    "impostor_pairs": point.n_impostor_train,
+                    "resolution": resolution.status,
+                }
+            )
+    return points
+
+
+def final_report(run: Path, people_of: dict[str, sources.Photos], *, progress: bool = True) -> dict[str, Any]:
     """Verification of report people by the best checkpoint, heads fitted on calibrate people; prints the table.
 
     Writes `results.json` and `policy.json` (the heads, bound to the parameters' fingerprint) into the run directory.
@@ -95,7 +110,7 @@ def final_report(
       What `results.json` holds.
     """
     embedder = embed.load(run)
-    listed = {part: pair_lists.heldout(people_of[part], part, seed=seed) for part in ("calibrate", "report")}
+    listed = {part: pair_lists.heldout(people_of[part], part) for part in ("calibrate", "report")}
     fit, test = (embed_pairs(embedder, people_of[part], listed[part], progress=progress) for part in listed)
     results = compare_pairs(embedder, test, fit=fit)
     print(f"\nverification of {len(people_of['report'].people)} report people by {embedder.path}")
@@ -106,6 +121,7 @@ def final_report(
         "fingerprint": checkpoint.fingerprint(embedder.variables),
         "fitted_on": {"source": people_of["calibrate"].source, "people": len(people_of["calibrate"].people)},
         "heads": {name: result.fitted[0].to_dict() for name, result in results.heads.items()},
+        "operating_points": {name: _operating_points(result) for name, result in results.heads.items()},
     }
     report.write_json(run / "policy.json", policy)
     return content

@@ -26,7 +26,7 @@ ALLOWED = {
     "training.step": {"mesh"},
     "checkpoint": {"config", "training.step"},
     "embed": {"checkpoint", "config", "data", "encoders", "preprocess", "verification"},
-    "evaluate": {"checkpoint", "data", "embed", "report", "verification"},
+    "evaluate": {"checkpoint", "data", "embed", "metrics", "report", "verification"},
     "training.loop": {
         "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "training.step",
     },

@@ -140,6 +140,15 @@ def test_heldout_depends_on_the_seed_alone():
     assert first.key_a.tolist() != other.key_a.tolist()
 
 
+@pytest.mark.parametrize("split", ["select", "report"])
+def test_heldout_of_a_part_is_heldout_of_the_whole(split):
+    photos = sources.open_source("synthetic", people=300, photos=5)
+    part = sources.select(photos, (splits.split_of(photos.people) == split)[photos.identity])
+    whole, alone = pairs.heldout(photos, split, n=200), pairs.heldout(part, split, n=200)
+    np.testing.assert_array_equal(whole.key_a, alone.key_a)
+    np.testing.assert_array_equal(whole.key_b, alone.key_b)
+
+
 def test_heldout_of_a_small_set_finds_its_few_pairs_or_says_why_not():
     names = [name for name in (f"p{i:04d}" for i in range(200)) if splits.split_of([name])[0] == "report"][:2]
     photos = made_up([2] * 200)

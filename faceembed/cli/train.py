@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,7 @@ class Options:
 
 def run(arguments: list[str]) -> None:
     """See the module."""
+    started = time.perf_counter()
     name, experiment, rest = chosen(arguments)
     options = tyro.cli(
         tyro.conf.AvoidSubcommands[Options],
@@ -41,7 +43,9 @@ def run(arguments: list[str]) -> None:
     use_compilation_cache()
     from faceembed.training import loop
 
-    results = loop.train(options.experiment, options.run_dir, devices=options.devices, progress=options.progress)
+    results = loop.train(
+        options.experiment, options.run_dir, devices=options.devices, progress=options.progress, started=started
+    )
     if options.json:
         from faceembed import report
 

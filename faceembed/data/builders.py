@@ -50,6 +50,17 @@ LFW_LISTS = ("pairsDevTrain.txt", "pairsDevTest.txt", "peopleDevTrain.txt", "peo
 LFW_OPTIONAL = ("pairs.txt", "people.txt")
 
 
+_AGAIN = "It was fetched and is deleted now; the same command fetches it again."
+
+
+class DamagedArchive(ValueError):
+    """A file that is no archive, or not a whole one."""
+
+    def __init__(self, message: str, path: Path):
+        super().__init__(message)
+        self.path = path
+
+
 def prepare(
     name: str,
     *,
@@ -84,7 +95,7 @@ def prepare(
     if name not in BUILDERS:
         raise ValueError(f"there is nothing to prepare for {name!r}: choose from {', '.join(BUILDERS)}.")
     data_dir = (sources.default_data_dir() if data_dir is None else Path(data_dir)).expanduser()
-    target = data_dir / name
+    target, downloads = data_dir / name, data_dir / "downloads"
     if target.exists() and not overwrite:
         raise FileExistsError(f"{name} is prepared already in {target}. To build it anew, add --overwrite.")
     paths = [Path(archive).expanduser() for archive in archives]
@@ -98,16 +109,22 @@ def prepare(
     if name == "lfw":
         if identities is not None or align:
             raise ValueError("lfw names people by folder and is aligned already: leave out --identities and --align.")
-        paths = paths or [download(LFW_URL + LFW_ARCHIVE, data_dir / "downloads", "--archive", progress=progress)]
+        paths = paths or [download(LFW_URL + LFW_ARCHIVE, downloads, "--archive", progress=progress)]
         if len(paths) != 1:
             raise ValueError(f"lfw is one archive, got {len(paths)}: give one --archive.")
         lists = _lfw_lists(paths[0], pairs_dir, data_dir, downloaded=not archives, progress=progress)
         for path in lists:
-            if path.name.startswith("people"):
-                people, count, _ = pairs.read_lfw_people(path)
-                promised |= dict(zip(people.tolist(), count.tolist(), strict=True))
-            else:
-                pairs.read_lfw_pairs(path)
+            try:
+                if path.name.startswith("people"):
+                    people, count, _ = pairs.read_lfw_people(path)
+                    promised |= dict(zip(people.tolist(), count.tolist(), strict=True))
+                else:
+                    pairs.read_lfw_pairs(path)
+            except ValueError as error:
+                if path.parent != downloads:
+                    raise
+                path.unlink()
+                raise ValueError(f"{error} {_AGAIN}") from error
         photos = _lfw_photos(paths[0], problems, progress)
         square = LFW_SQUARE
     else:
@@ -121,7 +138,10 @@ def prepare(
             raise ValueError("celeba needs the people's numbers: add --identities identity_CelebA.txt.")
         if pairs_dir is not None:
             raise ValueError("celeba has no pairs lists: leave out --pairs-dir; --pairs heldout:celeba needs none.")
-        number_of = read_identities(Path(identities).expanduser())
+        identities = Path(identities).expanduser()
+        if not identities.is_file():
+            raise FileNotFoundError(f"there is no file {identities}. Check --identities.")
+        number_of = read_identities(identities)
         aligned, loose, frame = _sort_archives(paths, align)
         photos = _celeba_photos(aligned, loose, frame, number_of, problems, progress)
         square = CELEBA_FRAMES[frame]
@@ -150,6 +170,11 @@ def prepare(
         for path in lists:
             shutil.copyfile(path, built / path.name)
         _swap(built, target, workshop / "replaced")
+    except DamagedArchive as error:
+        if error.path.parent != downloads:
+            raise
+        error.path.unlink()
+        raise DamagedArchive(f"{error} {_AGAIN}", error.path) from error
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     return {
@@ -353,7 +378,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | None]]:
     """(name, content) of each file, (name, None) of each folder, in an archive or an unpacked one.
 
     Raises:
-      ValueError: if it is no archive, or one that ends early.
+      DamagedArchive: if it is no archive, or one that ends early.
     """
     count = 0
     try:
@@ -377,7 +402,8 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | None]]:
                     count += 1
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
         what = "ends early or is damaged" if count else "is no tar, tar.gz or zip archive"
-        raise ValueError(f"{path} {what} after {count} members ({error}). Get it again, and check its size.") from error
+        message = f"{path} {what} after {count} members ({error}). Get it again, and check its size."
+        raise DamagedArchive(message, path) from error
 
 
 def _images(path: Path, problems: list[Problem]) -> Iterator[tuple[str, bytes]]:

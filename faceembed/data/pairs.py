@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -113,12 +114,16 @@ def heldout(photos: Photos, split: str, *, seed: int = 0, n: int = 4000, cap: in
     people = np.flatnonzero(splits.split_of(photos.people) == split)
     begin = np.searchsorted(photos.identity, people)
     count = np.searchsorted(photos.identity, people, side="right") - begin
+    # Draws follow from names, not places: a source and the part of it that is tested give the same list.
+    code = np.array(
+        [int(hashlib.sha256(str(name).encode()).hexdigest()[:16], 16) for name in photos.people[people]], np.uint64
+    )
 
     turns: list[tuple[int, int, int, int]] = []  # (turn, order within it, photo, photo)
     for person in np.flatnonzero(count > 1):
         i, j = np.triu_indices(count[person], 1)
-        pick = np.argsort(sampling.draw(seed, 10, people[person], i, j), kind="stable")[:cap]
-        order = int(sampling.draw(seed, 11, [people[person]])[0])
+        pick = np.argsort(sampling.draw(seed, 10, code[person], i, j), kind="stable")[:cap]
+        order = int(sampling.draw(seed, 11, code[person : person + 1])[0])
         turns += [
             (turn, order, int(begin[person] + i[pair]), int(begin[person] + j[pair])) for turn, pair in enumerate(pick)
         ]
@@ -128,8 +133,8 @@ def heldout(photos: Photos, split: str, *, seed: int = 0, n: int = 4000, cap: in
     impostor: dict[tuple[int, int], None] = {}
     rounds = 2 * len(genuine) // max(1, len(people) // 2) + 20
     for turn in range(rounds if len(people) > 1 else 0):
-        around = np.argsort(sampling.draw(seed, 12, turn, people), kind="stable")
-        photo = begin + (sampling.draw(seed, 13, turn, people) % count.astype(np.uint64)).astype(np.int64)
+        around = np.argsort(sampling.draw(seed, 12, turn, code), kind="stable")
+        photo = begin + (sampling.draw(seed, 13, turn, code) % count.astype(np.uint64)).astype(np.int64)
         half = len(around) // 2
         for a, b in zip(photo[around[:half]], photo[around[half : 2 * half]], strict=True):
             impostor[int(min(a, b)), int(max(a, b))] = None

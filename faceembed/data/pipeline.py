@@ -6,6 +6,7 @@ Both ways give the same batches, and a batch depends on the step alone, so resum
 import concurrent.futures
 import functools
 import os
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -39,7 +40,7 @@ def batches(
       steps: steps in all; the iterator ends before this one.
       process: 0 ≤ process < processes; reads only the `sampling.share` of each batch that is its own.
       processes: divides the batch.
-      memory_limit_bytes: a set whose crops take no more is decoded once, by the first batch.
+      memory_limit_bytes: a set whose crops take no more is decoded once, by this call.
       decoded: `decode_all(photos, size, margin)` where it is at hand already.
       progress: show a bar while decoding.
 
@@ -118,7 +119,9 @@ def decode_all(
 def _crop(photos: sources.Photos, index: int, size: int, margin: float) -> np.ndarray:
     """One photo's crop; a ValueError names the photo."""
     try:
-        return crop_square(photos.read(index), photos.square, size, margin)
+        photo = photos.read(index)
+        square = photos.square(photo.shape[1]) if callable(photos.square) else photos.square
+        return crop_square(photo, square, size, margin)
     except (OSError, ValueError) as error:
         raise ValueError(f"{photos.keys[index]}: {error}") from error
 
@@ -142,8 +145,13 @@ def _read_as_used(
 ) -> Iterator[dict[str, np.ndarray]]:
     import grain
 
-    # grain's threads ask for single photos; the step's plan is made once for all of them.
-    plan = functools.lru_cache(maxsize=64)(sampler.batch)
+    # grain's threads ask for single photos; the step's plan is made once for all of them. The lock is for those that ask
+    # while it is being made: the cache alone would let each make its own.
+    remembered, lock = functools.lru_cache(maxsize=64)(sampler.batch), threading.Lock()
+
+    def plan(step: int) -> np.ndarray:
+        with lock:
+            return remembered(step)
 
     def read(place: int) -> dict[str, np.ndarray]:
         step, slot = start + place // len(slots), slots[place % len(slots)]

@@ -156,7 +156,7 @@ def make_sampler(identity: np.ndarray, *, people: int, photos: int, seed: int, s
             raise ValueError(
                 f"a batch of {people} people × {photos} photos needs {size} photos, but at {photos} a person the "
                 f"{len(count)} people with two photos or more give {total} and singletons {min(cap, len(alone))}. "
-                f"Try --batch.people {max(2, total // photos)}."
+                + _advice(count, people, photos)
             )
     else:
         # Whole people overhang a run's end by up to K - unit photos; singletons need their places too. The more places
@@ -172,6 +172,17 @@ def make_sampler(identity: np.ndarray, *, people: int, photos: int, seed: int, s
         people=people, photos=photos, seed=seed, order=order, start=start, count=count, singletons=alone,
         epoch_steps=steps, run=run, epoch_singletons=shown,
     )  # fmt: skip
+
+
+def _advice(count: np.ndarray, people: int, photos: int) -> str:
+    """What to type where people with `count` photos [m], 2 or more each, cannot fill people × photos."""
+    for fewer in range(photos, 1, -1):
+        enough = int(np.minimum(count, fewer).sum()) // fewer
+        if enough >= 2:
+            flags = [f"--batch.people {enough}"] if enough < people else []
+            flags += [f"--batch.photos {fewer}"] if fewer < photos else []
+            return f"Try {' '.join(flags)}."
+    return "Add photos of other people: two with two photos each make the smallest batch."
 
 
 def plan(

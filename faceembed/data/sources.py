@@ -7,6 +7,7 @@ synthetic         procedural identities, rendered when first read
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -21,10 +22,15 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from faceembed.preprocess import Square
+from faceembed.preprocess import Square, framed_square
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 """Files with these endings are photos; others in a folder of photos are reported."""
+
+UNFRAMED = ("folder:", "csv:")
+"""Sources that do not know where the face is in their photos."""
+
+_ONE_PHOTO = "one photo: kept, serves as a negative"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,23 +57,28 @@ class Photos:
     """[m] str, sorted, unique."""
     read: Callable[[int], np.ndarray]
     """Index of a photo → uint8 RGB [h, w, 3]. Pure; may be called from many threads."""
-    square: Square | None
-    """Where the face is, in every photo; None is the largest centred square."""
+    square: Square | Callable[[int], Square] | None
+    """Where the face is: in every photo, or by the photo's width in pixels; None is the largest centred square."""
     problems: tuple[Problem, ...]
     """Everything that was left out, or kept though odd."""
     fingerprint: str
     """SHA-256 of keys, people and contents (of the options for a rendered source)."""
+    named: bool = True
+    """Whether `people` are names that other sources may share; False where they only tell people apart."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def open_source(source: str, *, data_dir: Path | str | None = None, **options: Any) -> Photos:
+def open_source(
+    source: str, *, data_dir: Path | str | None = None, progress: bool = True, **options: Any
+) -> Photos:
     """Opens a source of photos.
 
     Args:
       source: "celeba", "lfw", "synthetic" or "folder:PATH".
       data_dir: where prepared sets are kept; None is `default_data_dir()`.
+      progress: show a bar while the files of a folder are checked.
       **options: of "synthetic" alone: people, photos (of each), seed, size (pixels).
 
     Raises:
@@ -81,6 +92,8 @@ def open_source(source: str, *, data_dir: Path | str | None = None, **options: A
     if options and form != "synthetic":
         raise ValueError(f"source {source!r} takes no options, got {', '.join(sorted(options))}.")
     directory = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    if form == "folder:PATH":
+        options = {"progress": progress}
     return SOURCES[form](source, directory, **options)
 
 
@@ -106,6 +119,25 @@ def select(photos: Photos, mask: np.ndarray) -> Photos:
         read=lambda index: read(int(kept[index])),
         fingerprint=fingerprint_of(photos.keys[kept], names, photos.fingerprint),
     )
+
+
+def framed(photos: Photos, framing: str) -> Photos:
+    """Photos of "folder:" or "csv:" with the face where a named framing has it.
+
+    Args:
+      photos: of any sizes.
+      framing: a name in `preprocess.FRAMINGS`.
+
+    Raises:
+      ValueError: if the source brings its own square, or there is no such framing.
+    """
+    if not photos.source.startswith(UNFRAMED):
+        raise ValueError(
+            f"--framing {framing} is for {' and '.join(UNFRAMED)} photos: {photos.source} brings its own square. "
+            "Leave --framing out."
+        )
+    framed_square(framing, 1)  # an unknown name is told here, not by the first photo that is cropped
+    return dataclasses.replace(photos, square=functools.partial(framed_square, framing))
 
 
 def default_data_dir() -> Path:
@@ -158,8 +190,27 @@ def arrange(keys: Sequence[str], owners: Sequence[str]) -> tuple[np.ndarray, np.
 def lonely(identity: np.ndarray, people: np.ndarray, prefix: str) -> list[Problem]:
     """A problem for each person with one photo."""
     alone = np.flatnonzero(np.bincount(identity, minlength=len(people)) == 1)
-    reason = "one photo: kept, serves as a negative"
-    return [Problem(path=f"{prefix}{people[person]}", reason=reason) for person in alone]
+    return [Problem(path=f"{prefix}{people[person]}", reason=_ONE_PHOTO) for person in alone]
+
+
+def problem_lines(photos: Photos) -> list[str]:
+    """What was odd about the photos, to print: a line a kind, with its count and first path; [] if nothing was.
+
+    People with one photo are usual, and only counted.
+    """
+    kinds: dict[str, list[Problem]] = {}
+    for problem in photos.problems:
+        kinds.setdefault(problem.reason.partition(":")[0], []).append(problem)
+    alone = kinds.pop(_ONE_PHOTO.partition(":")[0], [])
+    lines = []
+    for kind, found in kinds.items():
+        outcome = found[0].reason.partition(":")[2].strip()
+        lines.append(f"{len(found):,} × {kind}, first {found[0].path}" + (f": {outcome}" if outcome else ""))
+    if alone:
+        lines.append(f"{len(alone):,} × {_ONE_PHOTO}")
+    if kinds:
+        lines.append(f"python launch.py data info {photos.source} --json FILE lists all")
+    return lines
 
 
 # ---- prepared sets ---------------------------------------------------------------------------------------------------
@@ -229,7 +280,7 @@ class _Records:
 # ---- a folder a person -----------------------------------------------------------------------------------------------
 
 
-def _folder(source: str, data_dir: Path) -> Photos:
+def _folder(source: str, data_dir: Path, *, progress: bool = True) -> Photos:
     """PATH/PERSON/PHOTO.jpg; every file is decoded once, and what was found is remembered by size and time."""
     root = Path(source.partition(":")[2]).expanduser()
     if not root.is_dir():
@@ -242,7 +293,12 @@ def _folder(source: str, data_dir: Path) -> Photos:
         if not person.is_dir():
             problems.append(Problem(path=str(person), reason="file beside the people's folders: left out"))
             continue
-        found = [file for file in sorted(person.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+        entries = [entry for entry in sorted(person.rglob("*")) if not entry.name.startswith(".")]
+        found = [entry for entry in entries if entry.is_file()]
+        for link in (entry for entry in entries if entry.is_symlink() and not entry.is_file()):
+            # `rglob` does not go into linked folders: they could lead in a circle.
+            reason = "link to a folder: left out" if link.is_dir() else f"broken link: left out, no {link.readlink()}"
+            problems.append(Problem(path=str(link), reason=reason))
         images = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
         others = sorted(set(found) - set(images))
         problems += [Problem(path=str(file), reason="not an image by its name: left out") for file in others]
@@ -251,7 +307,7 @@ def _folder(source: str, data_dir: Path) -> Photos:
         files += [(file, person.name) for file in images]
 
     cache = data_dir / "folders" / f"{_digest(str(root.resolve()))[:16]}.json"
-    checked = _check_files([file for file, _ in files], cache)
+    checked = _check_files([file for file, _ in files], cache, progress)
     keys: list[str] = []
     owners: list[str] = []
     paths: list[Path] = []
@@ -311,7 +367,7 @@ def _folder(source: str, data_dir: Path) -> Photos:
     )
 
 
-def _check_files(files: list[Path], cache: Path) -> list[tuple[str, str | None]]:
+def _check_files(files: list[Path], cache: Path, progress: bool) -> list[tuple[str, str | None]]:
     """(SHA-256 of the content, why it does not decode or None) of each file; unchanged files are not read again."""
     try:
         known = json.loads(cache.read_text())
@@ -333,7 +389,7 @@ def _check_files(files: list[Path], cache: Path) -> list[tuple[str, str | None]]
         return str(file), [stat.st_size, stat.st_mtime_ns, content, failure]
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        now = dict(progress_bar(pool.map(check, files), len(files), "checking photos"))
+        now = dict(progress_bar(pool.map(check, files), len(files), "checking photos", shown=progress))
     if now != known:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
@@ -352,7 +408,8 @@ def _synthetic(
     """`faceembed.data.synthetic`, all rendered by the first read."""
     if people < 1 or photos < 1 or size < 16:
         raise ValueError(f"synthetic: people={people}, photos={photos}, size={size}: expected ≥ 1, ≥ 1 and ≥ 16 px.")
-    names = np.array([f"synthetic_{person:06d}" for person in range(people)])
+    # The seed is part of a name: another seed draws other people, who must not be taken for these.
+    names = np.array([f"synthetic_s{seed}_{person:06d}" for person in range(people)])
     keys = np.array([f"{name}/{photo:04d}" for name in names for photo in range(photos)])
 
     lock = threading.Lock()

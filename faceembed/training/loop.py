@@ -1,8 +1,11 @@
 """The training loop, on one screen: `train` reads from top to bottom."""
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,12 @@ from faceembed.training import step as steps
 
 
 def train(
-    experiment: config.Experiment, run: Path, *, devices: int | None = None, progress: bool = True
+    experiment: config.Experiment,
+    run: Path,
+    *,
+    devices: int | None = None,
+    progress: bool = True,
+    started: float | None = None,
 ) -> dict[str, Any]:
     """Trains, or goes on with the training of a run directory, and ends with verification of report people.
 
@@ -30,6 +38,7 @@ def train(
       run: where checkpoints, metrics and results go; made when missing.
       devices: how many devices the batch is divided over; None takes all.
       progress: show progress bars.
+      started: `time.perf_counter()` when the command was given, for the time to the first step; now when not given.
 
     Returns:
       What `results.json` holds: the verification table and where it came from.
@@ -38,29 +47,31 @@ def train(
       ValueError: the batch does not divide over the devices, the source has too few people, or the run differs.
       BlockingIOError: another process trains in the run directory.
     """
-    started = time.perf_counter()
+    started = time.perf_counter() if started is None else started
     if experiment.precision == "float64":
         jax.config.update("jax_enable_x64", True)
     pre, batch, schedule = experiment.preprocess, experiment.batch, experiment.schedule
     mesh = meshes.make_mesh(devices)
     meshes.check_batch(mesh, batch.people, batch.photos)
-    with checkpoint.locked(run), checkpoint.Checkpoints(run, experiment.checkpoint.keep_best) as checkpoints:
+    with checkpoint.locked(run):
         checkpoint.check_same(run, experiment)
-        checkpoint.write_text(run / "config.json", config.to_json(experiment))
 
         # ---- data: photos, people split once, the P×K plan ---------------------------------------------------------
         photos = open_data(experiment.data, size=pre.size, seed=experiment.seed)
+        for line in sources.problem_lines(photos):
+            print(line)
         people_of = evaluate.split_photos(photos)
         learn = people_of["train"]
         sampler = sampling.make_sampler(
             learn.identity, people=batch.people, photos=batch.photos, seed=experiment.seed, singletons=batch.singletons
         )
-        select = _Select.read(people_of["select"], pre, experiment.seed, progress)
+        select = _Select.read(people_of["select"], pre, progress)
         about = {
             "source": photos.source,
             "fingerprint": photos.fingerprint,
             "photos": len(learn),
             "people": len(learn.people),
+            "problems": len(photos.problems),
             "people_hashes": [evaluate.person_hash(person) for person in learn.people],
         }
 
@@ -82,51 +93,60 @@ def train(
         )
         embed_fn = embed.make_embed(encoder, pre)
 
-        # ---- where an earlier command stopped ----------------------------------------------------------------------
-        first = checkpoints.latest or 0
-        if first:
-            state = checkpoints.restore(state)
-            where = "complete at" if first == experiment.steps else "going on from"
-            print(f"{run}: {where} step {first} of {experiment.steps}")
-        log = MetricsLog(run / "metrics.jsonl", first)
-        record_environment(run, mesh)
+        # From here on the directory holds a run of this experiment; nothing before has written to it.
+        checkpoint.write_text(run / "config.json", config.to_json(experiment))
+        with checkpoint.Checkpoints(run, experiment.checkpoint.keep_best) as checkpoints:
+            # ---- where an earlier command stopped ------------------------------------------------------------------
+            first = checkpoints.latest or 0
+            if first:
+                checkpoints.check_data(about, run)
+                state = checkpoints.restore(state)
+                where = "complete at" if first == experiment.steps else "going on from"
+                print(f"{run}: {where} step {first} of {experiment.steps}")
+            log = MetricsLog(run / "metrics.jsonl", first)
+            record_environment(run, mesh)
 
-        # ---- the loop ----------------------------------------------------------------------------------------------
-        host = pipeline.batches(
-            learn, sampler, size=pre.size, margin=experiment.data.margin, start_step=first, steps=experiment.steps,
-            process=jax.process_index(), processes=jax.process_count(),
-            memory_limit_bytes=experiment.data.memory_gb * 1e9, progress=progress,
-        ) if first < experiment.steps else iter(())  # fmt: skip
-        bar = tqdm(total=experiment.steps, initial=first, unit="step", disable=not progress, smoothing=0.05)
-        pending: list[dict[str, jax.Array]] = []
-        clock, timed = time.perf_counter(), 0
-        for number, moved in enumerate(meshes.to_devices(host, mesh), start=first + 1):
-            state, measured = update(state, moved)
-            pending.append(measured)
-            timed += sampler.size
-            bar.update()
-            if number == first + 1:
-                jax.block_until_ready(measured)
-                tqdm.write(f"first step {time.perf_counter() - started:.1f} s after the start")
-                clock, timed = time.perf_counter(), 0
-            last = number == experiment.steps
-            if number % experiment.checkpoint.log == 0 or last:
-                means = _means(pending)  # the only place where the host waits for the device
-                rate = timed / max(time.perf_counter() - clock, 1e-9)
-                log.write(number, {**means, "learning_rate": float(learning_rate(number - 1)), "images_per_s": rate})
-                bar.set_postfix_str(f"loss {means['loss']:.4f}, active {means.get('active', 1):.0%}, {rate:.0f} img/s")
-                if means["skipped"]:
-                    tqdm.write(f"step {number}: {means['skipped']:.0f} updates were not finite and not applied so far")
-                pending, clock, timed = [], time.perf_counter(), 0
-            if number % experiment.checkpoint.every == 0 or last:
-                score = select.auc(embed_fn, state.ema)
-                log.write(number, {"select_auc": score})
-                checkpoints.save(state, experiment, about, score)
-                tqdm.write(f"step {number}: AUC {score:.4f} on pairs of {select.people} select people")
-                clock, timed = time.perf_counter(), 0
-        bar.close()
-    # ---- verification of people nobody has looked at so far ----------------------------------------------------------
-    return evaluate.final_report(run, people_of, experiment.seed, progress=progress)
+            # ---- the loop ------------------------------------------------------------------------------------------
+            host = pipeline.batches(
+                learn, sampler, size=pre.size, margin=experiment.data.margin, start_step=first, steps=experiment.steps,
+                process=jax.process_index(), processes=jax.process_count(),
+                memory_limit_bytes=experiment.data.memory_gb * 1e9, progress=progress,
+            ) if first < experiment.steps else iter(())  # fmt: skip
+            bar = progress_bar(experiment.steps, first, progress)
+            pending: list[dict[str, jax.Array]] = []
+            clock, timed = time.perf_counter(), 0
+            for number, moved in enumerate(meshes.to_devices(host, mesh), start=first + 1):
+                state, measured = update(state, moved)
+                pending.append(measured)
+                timed += sampler.size
+                bar.update()
+                if number == first + 1:
+                    jax.block_until_ready(measured)
+                    tqdm.write(f"first step done {time.perf_counter() - started:.1f} s after the command")
+                    clock, timed = time.perf_counter(), 0
+                save = number % experiment.checkpoint.every == 0 or number == experiment.steps
+                # A save ends a row of the log, so that a run that goes on from it writes the rows it would have written.
+                if number % experiment.checkpoint.log == 0 or save:
+                    means = _means(pending)  # the only place where the host waits for the device
+                    rate = timed / (time.perf_counter() - clock) if timed else float("nan")
+                    applied = learning_rate(number - 1 - int(means["skipped"]))
+                    log.write(number, {**means, "learning_rate": float(applied), "images_per_s": rate})
+                    bar.set_postfix_str(_postfix(means, rate))
+                    if means["skipped"]:
+                        tqdm.write(
+                            f"step {number}: {means['skipped']:.0f} updates so far were not finite and not applied"
+                        )
+                    pending, clock, timed = [], time.perf_counter(), 0
+                if save:
+                    score = select.auc(embed_fn, state.ema)
+                    log.write(number, {"select_auc": score})
+                    checkpoints.save(state, experiment, about, score)
+                    tqdm.write(f"step {number}: AUC {score:.4f} on pairs of {select.people} select people")
+                    clock, timed = time.perf_counter(), 0
+            bar.close()
+
+        # ---- verification of people nobody has looked at so far ----------------------------------------------------
+        return evaluate.final_report(run, people_of, progress=progress)
 
 
 def open_data(data: config.Data, *, size: int, seed: int) -> sources.Photos:
@@ -184,8 +204,8 @@ class _Select:
     people: int
 
     @classmethod
-    def read(cls, photos: sources.Photos, pre: preprocess.Preprocess, seed: int, progress: bool) -> "_Select":
-        chosen = pairs.heldout(photos, "select", seed=seed)
+    def read(cls, photos: sources.Photos, pre: preprocess.Preprocess, progress: bool) -> "_Select":
+        chosen = pairs.heldout(photos, "select")
         first, second = pairs.resolve(chosen, photos)
         crops = pipeline.decode_all(photos, pre.size, progress=progress)
         return cls(crops, first, second, chosen.same, len(photos.people))
@@ -195,6 +215,17 @@ class _Select:
         distance = ((emb[self.first].astype(np.float64) - emb[self.second]) ** 2).sum(1)
         # A diverged network must not end the run: it is merely never the best.
         return metrics.auc(-distance, self.same) if np.isfinite(distance).all() else 0.0
+
+
+def progress_bar(total: int, first: int, shown: bool) -> tqdm:
+    """A bar of steps with images/s and the time left; in a log file it adds a line each half minute."""
+    interval = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(total=total, initial=first, unit="step", disable=not shown, smoothing=0.05, mininterval=interval)
+
+
+def _postfix(means: dict[str, float], rate: float) -> str:
+    active = f", active {means['active']:.0%}" if "active" in means else ""
+    return f"loss {means['loss']:.4f}{active}, {rate:.0f} img/s"
 
 
 def _means(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
@@ -231,15 +262,28 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
 
 
+def processor() -> str:
+    """Model and a digest of the instruction sets: what XLA compiles for, so what decides the last bits on a CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    info = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    digest = hashlib.sha256(info.get("flags", info.get("Features", "")).encode()).hexdigest()[:8]
+    return f"{info.get('model name', platform.machine())} {digest}"
+
+
 def record_environment(run: Path, mesh: Any) -> None:
     """Writes what a bit-exact resume depends on to environment.json, and says what changed since the last command."""
     now = {
         "jax": jax.__version__,
         "jaxlib": jax.lib.__version__,
+        "flax": importlib.metadata.version("flax"),
+        "optax": importlib.metadata.version("optax"),
         "python": platform.python_version(),
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
-        "processor": platform.machine(),
+        "processor": processor(),
     }
     path = run / "environment.json"
     before = json.loads(path.read_text()) if path.exists() else now

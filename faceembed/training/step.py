@@ -155,10 +155,10 @@ def make_train_step(
         (value, (batch_stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         norm = optax.tree.norm(grads)
         # The statistics too: one infinite pixel leaves the loss finite on some paths and poisons the averages for ever.
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(changes))
         finite &= jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), batch_stats), finite)
 
-        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step)).astype(value.dtype)
         average = jax.tree.map(

@@ -1,0 +1,350 @@
+"""Checkpoints: what is saved is what was there, the right steps are kept and found, and a run has one owner."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from faceembed import checkpoint, config, embed
+from faceembed.training import step as steps
+
+ROOT = Path(__file__).parents[1]
+TINY = config.Experiment(
+    steps=9,
+    preprocess=config.Preprocess(size=16),
+    encoder=config.ConvNet(widths=(4, 8), blocks=(1, 1), dim=8),
+    loss=config.PairLogistic(),
+    optimizer=config.AdamW(b2=0.99),
+)
+HOLDER = """
+import sys, time
+from pathlib import Path
+from faceembed import checkpoint
+with checkpoint.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """A state in which every leaf differs from every other, so that none can be taken for another."""
+    optimizer = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(lambda count: 0.1 / (1 + count)))
+    loss_params = {"weight": jnp.ones(8), "bias": jnp.zeros(())}
+    state = steps.init_state(
+        embed.build_encoder(TINY), optimizer, seed=3, size=16, loss_params=loss_params, dtype=jnp.float32
+    )
+    draw = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(draw.normal(size=x.shape), x.dtype) if x.dtype == jnp.float32 else x, state
+    )
+
+
+def at(state, step):
+    """A copy of a state, as it is after so many steps: all its numbers differ from those of other steps."""
+    moved = jax.tree.map(lambda x: x + step if x.dtype == jnp.float32 else jnp.copy(x), state)
+    return moved.replace(step=jnp.int32(step), skipped=jnp.int32(step % 2))
+
+
+def kept(run):
+    return sorted(int(step.name) for step in (run / "checkpoints").iterdir() if step.name.isdigit())
+
+
+def fake_step(run, step, score):
+    """The part of a step directory that choosing one reads."""
+    folder = run / "checkpoints" / str(step)
+    for item in ("params", "metrics"):
+        (folder / item).mkdir(parents=True)
+    (folder / "metrics" / "metrics").write_text(json.dumps({"score": score}))
+    return folder
+
+
+def test_what_was_saved_is_restored_bit_for_bit(fresh, tmp_path):
+    state = at(fresh, 7)
+    wanted = jax.tree.map(np.array, state)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest is None
+        checkpoints.save(state, TINY, {"people": ["Ann", "Bo"]}, 0.5)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 7
+        restored = checkpoints.restore(at(fresh, 0))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert checkpoint.fingerprint(restored) == checkpoint.fingerprint(wanted)
+
+    experiment, variables, data = checkpoint.read_evaluation(tmp_path)
+    assert experiment == TINY
+    assert data == {"people": ["Ann", "Bo"], "step": 7}
+    # The averages, and neither the parameters nor the statistics of the last batches.
+    assert checkpoint.fingerprint(variables) == checkpoint.fingerprint(wanted.ema)
+    assert checkpoint.fingerprint(variables["params"]) != checkpoint.fingerprint(wanted.params["encoder"])
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(variables))
+    by_step = checkpoint.read_evaluation(tmp_path / "checkpoints" / "7")
+    assert checkpoint.fingerprint(by_step[1]) == checkpoint.fingerprint(variables)
+
+
+def test_the_newest_step_is_restored_and_the_best_is_read(fresh, tmp_path):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        for step, score in ((1, 0.6), (2, 0.9), (3, 0.7)):
+            checkpoints.save(at(fresh, step), TINY, {}, score)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(at(fresh, 0))
+    assert checkpoint.fingerprint(restored) == checkpoint.fingerprint(at(fresh, 3))
+    _, variables, data = checkpoint.read_evaluation(tmp_path)
+    assert data["step"] == 2
+    assert checkpoint.fingerprint(variables) == checkpoint.fingerprint(at(fresh, 2).ema)
+
+
+def test_saving_goes_on_while_the_state_is_given_to_an_update(fresh, tmp_path):
+    # Enough bytes that a save is still under way when the update runs.
+    heavy = fresh.replace(ema={**fresh.ema, "batch_stats": {"heavy": jnp.ones((1 << 20, 4))}})
+    update = jax.jit(lambda state: jax.tree.map(lambda x: -x - 1, state), donate_argnums=0)
+    twin = at(heavy, 1)
+    wanted = checkpoint.fingerprint(jax.tree.map(jnp.copy, twin))
+    update(twin)
+    assert twin.ema["batch_stats"]["heavy"].is_deleted(), "an update takes the buffers of what it is given"
+
+    state = at(heavy, 1)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, TINY, {}, 0.5)
+        after = update(state)
+        for _ in range(2):  # new arrays, in memory that was given back
+            after = update(after)
+        jax.block_until_ready(after)
+    # -x - 1 three times over: the save has not kept the updates from their numbers either.
+    assert float(after.ema["batch_stats"]["heavy"][0, 0]) == -3
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoint.fingerprint(checkpoints.restore(at(heavy, 0))) == wanted
+
+
+def test_the_best_and_the_latest_step_are_kept_also_after_reopening(fresh, tmp_path):
+    def save(*scored):
+        with checkpoint.Checkpoints(tmp_path) as checkpoints:
+            for step, score in scored:
+                checkpoints.save(at(fresh, step), TINY, {}, score)
+
+    save((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6))
+    assert kept(tmp_path) == [2, 4]
+    # The score of step 2 is read from disk now.
+    save((5, 0.8))
+    assert kept(tmp_path) == [2, 5]
+    save((6, 0.95), (7, 0.1))
+    assert kept(tmp_path) == [6, 7]
+    assert checkpoint.find_step(tmp_path).name == "6"
+
+
+def test_as_many_of_the_best_are_kept_as_asked(fresh, tmp_path):
+    with checkpoint.Checkpoints(tmp_path, keep_best=2) as checkpoints:
+        for step, score in ((1, 0.9), (2, 0.5), (3, 0.8), (4, 0.6)):
+            checkpoints.save(at(fresh, step), TINY, {}, score)
+    assert kept(tmp_path) == [1, 3, 4]
+
+
+def test_the_best_step_is_found_the_later_of_equals(tmp_path):
+    for step, score in ((9, 0.8), (10, 0.9), (2, 0.9), (100, 0.1)):
+        fake_step(tmp_path, step, score)
+    assert checkpoint.find_step(tmp_path).name == "10"
+    assert checkpoint.find_step(str(tmp_path)).name == "10"
+    assert checkpoint.find_step(tmp_path / "checkpoints" / "2").name == "2"
+
+
+def test_a_step_that_was_not_finished_is_not_found(tmp_path):
+    fake_step(tmp_path, "7.orbax-checkpoint-tmp", 0.99)
+    fake_step(tmp_path, "8.orbax-checkpoint-tmp-1700000000", 0.99)
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint.*start the same command again"):
+        checkpoint.find_step(tmp_path)
+    (tmp_path / "checkpoints" / "9").mkdir()
+    fake_step(tmp_path, 3, 0.1)
+    assert checkpoint.find_step(tmp_path).name == "3"
+
+
+def test_paths_without_a_checkpoint_say_what_was_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist.*expected a run directory"):
+        checkpoint.find_step(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        checkpoint.find_step(tmp_path)
+
+
+def test_every_field_that_differs_is_named(tmp_path):
+    checkpoint.write_text(tmp_path / "config.json", config.to_json(TINY))
+    other = dataclasses.replace(
+        TINY,
+        steps=10,
+        encoder=dataclasses.replace(TINY.encoder, widths=(4, 16)),
+        loss=config.Triplet(),
+        optimizer=config.AdamW(b2=0.5),
+        data=config.Data(source="lfw", margin=1.25, data_dir="/elsewhere"),
+        checkpoint=config.Checkpoint(every=3),
+    )
+    with pytest.raises(ValueError, match="another experiment") as error:
+        checkpoint.check_same(tmp_path, other)
+    lines = [line.strip() for line in str(error.value).splitlines() if line.startswith("  ")]
+    assert lines == [
+        "steps: 9 there, 10 now",
+        "data.source: 'synthetic' there, 'lfw' now",
+        "data.margin: 1.125 there, 1.25 now",
+        "encoder.widths: (4, 8) there, (4, 16) now",
+        "loss: PairLogistic() there, Triplet(margin=0.2, miner='semi_hard') now",
+        "optimizer.b2: 0.99 there, 0.5 now",
+    ]
+    assert str(tmp_path) in str(error.value)
+    assert "--run-dir" in str(error.value)
+
+
+def leaves(value, name=""):
+    """Every field of an experiment that holds a plain value: (dotted name, value)."""
+    for field in dataclasses.fields(value):
+        inner, dotted = getattr(value, field.name), f"{name}{field.name}"
+        if dataclasses.is_dataclass(inner):
+            yield from leaves(inner, f"{dotted}.")
+        else:
+            yield dotted, inner
+
+
+def changed(name, value):
+    """Another allowed value of a field."""
+    choices = {
+        "precision": "float64", "data.source": "lfw", "data.data_dir": "/elsewhere", "preprocess.colour": "bgr",
+        "preprocess.flip": "none", "encoder.widths": (4, 9), "encoder.blocks": (1, 2), "augment.flip": False,
+        "loss.miner": "all",
+    }  # fmt: skip
+    if name in choices:
+        return choices[name]
+    if name == "data.margin":
+        return 1.5
+    return value + 1 if isinstance(value, int) else value * 0.5
+
+
+def replaced(value, name, new):
+    head, _, rest = name.partition(".")
+    return dataclasses.replace(value, **{head: replaced(getattr(value, head), rest, new) if rest else new})
+
+
+@pytest.mark.parametrize("loss", [config.PairLogistic(), config.Triplet()])
+def test_only_saving_logging_and_places_may_change(tmp_path, loss):
+    experiment = dataclasses.replace(TINY, loss=loss)
+    checkpoint.check_same(tmp_path, experiment)  # nothing there yet
+    checkpoint.write_text(tmp_path / "config.json", config.to_json(experiment))
+    checkpoint.check_same(tmp_path, experiment)
+    free = {"data.data_dir", "data.memory_gb", "checkpoint.every", "checkpoint.log", "checkpoint.keep_best"}
+    met = set()
+    for name, value in leaves(experiment):
+        if name == "preprocess.template":  # has one value
+            continue
+        other = replaced(experiment, name, changed(name, value))
+        assert other != experiment, name
+        if name in free:
+            met.add(name)
+            checkpoint.check_same(tmp_path, other)
+        else:
+            with pytest.raises(ValueError, match=re.escape(f"\n  {name}: {value!r} there, ")):
+                checkpoint.check_same(tmp_path, other)
+    assert met == free
+
+
+def test_a_run_directory_has_one_owner_and_a_kill_frees_it(tmp_path):
+    run = tmp_path / "runs" / "one"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for _ in range(2):  # the refused one must not take the owner's name away
+            with (
+                pytest.raises(BlockingIOError, match=f"{run} is being trained by process {holder.pid}\\."),
+                checkpoint.locked(run),
+            ):
+                pass
+        os.kill(holder.pid, signal.SIGKILL)
+        assert holder.wait(timeout=30) == -signal.SIGKILL
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    with checkpoint.locked(run):
+        # The new owner's number alone, not after the old one's.
+        with pytest.raises(BlockingIOError, match=f"process {os.getpid()}\\."), checkpoint.locked(run):
+            pass
+    with checkpoint.locked(run), checkpoint.locked(tmp_path / "runs" / "two"):
+        pass
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    checkpoint.write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        checkpoint.write_text(path, "new" * 10_000 + "\ud800")  # no file can hold half a surrogate pair
+    assert path.read_text() == "old"
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.write_text(path, "new")
+    assert path.read_text() == "old"
+    checkpoint.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_reader_sees_the_old_file_or_the_new_never_a_part(tmp_path):
+    path = tmp_path / "metrics.json"
+    texts = ["a" * 300_000, "b" * 300_000]
+    checkpoint.write_text(path, texts[0])
+    writer = f"""
+from pathlib import Path
+from faceembed import checkpoint
+print("ready", flush=True)
+for number in range(200):
+    checkpoint.write_text(Path({str(path)!r}), "ab"[number % 2] * 300_000)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", writer], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    seen = set()
+    try:
+        assert process.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < deadline:
+            text = path.read_text()
+            assert text in texts, f"{len(text)} characters"
+            seen.add(text[0])
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert seen == {"a", "b"}
+
+
+def test_a_fingerprint_changes_with_names_shapes_types_and_bits():
+    tree = {"a": np.arange(6, dtype=np.float32), "b": {"c": np.zeros((), np.int32)}}
+    same = {"b": {"c": jnp.zeros((), jnp.int32)}, "a": jnp.arange(6, dtype=jnp.float32)}
+    print_of = checkpoint.fingerprint(tree)
+    assert checkpoint.fingerprint(same) == print_of
+    next_float = tree["a"].copy()
+    next_float[3] = np.nextafter(next_float[3], np.float32(9))
+    others = [
+        {**tree, "a": next_float},
+        {**tree, "a": tree["a"].reshape(2, 3)},
+        {**tree, "a": tree["a"].view(np.int32)},
+        {"x": tree["a"], "b": tree["b"]},
+        {"a": tree["a"], "b": {"d": tree["b"]["c"]}},
+        {**tree, "b": {"c": np.float32(-0.0)}},
+    ]
+    prints = {checkpoint.fingerprint(other) for other in others} | {print_of}
+    assert len(prints) == len(others) + 1
