@@ -6,11 +6,16 @@ Nothing here imports JAX, so that a mistyped flag is answered at once.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from typing import Any, Literal
 
 from faceembed.preprocess import Preprocess
+
+
+SOURCES = ("synthetic", "celeba", "lfw")
+"""Sources that go by a name of their own; the others are folder:PATH."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +36,23 @@ class Data:
     """A set whose crops fit into this is decoded once into memory; a larger one is read as it is used."""
 
     def __post_init__(self) -> None:
+        # Only the form is checked: a checkpoint's config must load where its photos are not.
+        kind, _, path = self.source.partition(":")
+        if self.source not in SOURCES and not (kind == "folder" and path):
+            near = difflib.get_close_matches(kind, SOURCES, 1)
+            raise ValueError(
+                f"data.source is {self.source!r}, which is not one of {', '.join(SOURCES)}, folder:PATH. "
+                f"Try --data.source {near[0] if near else 'folder:/photos'}."
+            )
+        if self.people < 1 or self.photos < 1:
+            raise ValueError(
+                f"data.people is {self.people} and data.photos {self.photos}: nobody would be drawn. "
+                "Try --data.people 400 --data.photos 12."
+            )
         if not 1.0 <= self.margin <= 2.0:
             raise ValueError(f"data.margin is {self.margin}: it enlarges the square, 1 to 2. Try --data.margin 1.125.")
+        if not 0 <= self.memory_gb < math.inf:
+            raise ValueError(f"data.memory_gb is {self.memory_gb}: 0 reads from disk, more is kept. Try --data.memory-gb 4.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +96,7 @@ class ConvNet:
                 f"encoder.widths is {self.widths} and encoder.blocks {self.blocks}: give one of each for every stage, "
                 "1 or more, such as --encoder.widths 16 48 96 192 --encoder.blocks 1 2 2 1."
             )
+        _check_dim(self.dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +105,9 @@ class MobileFaceNet:
 
     dim: int = 128
     """Numbers in an embedding."""
+
+    def __post_init__(self) -> None:
+        _check_dim(self.dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +118,14 @@ class IResNet:
     """Layers."""
     dim: int = 512
     """Numbers in an embedding."""
+
+    def __post_init__(self) -> None:
+        _check_dim(self.dim)
+
+
+def _check_dim(dim: int) -> None:
+    if dim < 1:
+        raise ValueError(f"encoder.dim is {dim}: an embedding has at least one number. Try --encoder.dim 128.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +138,7 @@ class Triplet:
     """Which triplets of the global batch are used."""
 
     def __post_init__(self) -> None:
-        if not self.margin > 0:
+        if not 0 < self.margin < math.inf:
             raise ValueError(
                 f"loss.margin is {self.margin}: without a margin one point for every face has zero loss. "
                 "Try --loss.margin 0.2."
@@ -121,7 +153,7 @@ class Contrastive:
     """Impostor pairs closer than this Euclidean distance are pushed apart."""
 
     def __post_init__(self) -> None:
-        if not self.margin > 0:
+        if not 0 < self.margin < math.inf:
             raise ValueError(f"loss.margin is {self.margin}: no impostor pair is closer. Try --loss.margin 1.0.")
 
 
@@ -139,6 +171,14 @@ class AdamW:
     b2: float = 0.999
     """Decay of the second moment."""
 
+    def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"optimizer.{name} is {getattr(self, name)}: a decay lies in 0 ≤ {name} < 1. "
+                    f"Try --optimizer.{name} {'0.9' if name == 'b1' else '0.999'}."
+                )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SGD:
@@ -146,6 +186,12 @@ class SGD:
 
     momentum: float = 0.9
     """Decay of the velocity."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"optimizer.momentum is {self.momentum}: it lies in 0 ≤ momentum < 1. Try --optimizer.momentum 0.9."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,16 +210,20 @@ class Schedule:
     """Decay of the moving averages of parameters and batch statistics that evaluation uses; 0 turns them off."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(
                 f"schedule.learning_rate is {self.learning_rate}: nothing would be learned. "
                 "Try --schedule.learning-rate 1e-3."
             )
         if not 0 <= self.ema < 1:
             raise ValueError(f"schedule.ema is {self.ema}: a decay lies in 0 ≤ ema < 1. Try --schedule.ema 0.999.")
-        if self.clip_norm <= 0:
+        if not self.clip_norm > 0:
             raise ValueError(
                 f"schedule.clip_norm is {self.clip_norm}: every gradient would vanish. Try --schedule.clip-norm 1."
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"schedule.weight_decay is {self.weight_decay}: weights would grow. Try --schedule.weight-decay 1e-4."
             )
         if self.warmup < 0:
             raise ValueError(f"schedule.warmup is {self.warmup}: steps cannot be negative. Try --schedule.warmup 0.")

@@ -5,6 +5,7 @@ encoder was trained to see it.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -45,7 +46,9 @@ class Preprocess:
             raise ValueError(
                 f"preprocess.size is {self.size} px: a face cannot be told from 15 px or fewer. Try --preprocess.size 64."
             )
-        if not self.scale > 0:
+        if not math.isfinite(self.mean):
+            raise ValueError(f"preprocess.mean is {self.mean}: give a number of 0-255, such as 127.5.")
+        if not 0 < self.scale < math.inf:
             raise ValueError(f"preprocess.scale is {self.scale}: it divides, so give a positive number such as 127.5.")
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved is what was there, the right steps are kept and found, and a run has one owner."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -35,6 +36,14 @@ with checkpoint.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(120)
 """
+WRITER = """
+import sys
+from pathlib import Path
+from faceembed import checkpoint
+print("ready", flush=True)
+for number in range(200):
+    checkpoint.write_text(Path(sys.argv[1]), "ab"[number % 2] * 300_000)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +64,18 @@ def at(state, step):
     """A copy of a state, as it is after so many steps: all its numbers differ from those of other steps."""
     moved = jax.tree.map(lambda x: x + step if x.dtype == jnp.float32 else jnp.copy(x), state)
     return moved.replace(step=jnp.int32(step), skipped=jnp.int32(step % 2))
+
+
+@contextlib.contextmanager
+def child(code, path):
+    """A process of its own that runs some Python on a path; killed at the end if it still runs."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def kept(run):
@@ -175,8 +196,14 @@ def test_paths_without_a_checkpoint_say_what_was_expected(tmp_path):
         checkpoint.find_step(tmp_path)
 
 
+def begun(run, experiment):
+    """A run directory with a first step."""
+    checkpoint.write_text(run / "config.json", config.to_json(experiment))
+    fake_step(run, 1, 0.5)
+
+
 def test_every_field_that_differs_is_named(tmp_path):
-    checkpoint.write_text(tmp_path / "config.json", config.to_json(TINY))
+    begun(tmp_path, TINY)
     other = dataclasses.replace(
         TINY,
         steps=10,
@@ -233,8 +260,7 @@ def replaced(value, name, new):
 @pytest.mark.parametrize("loss", [config.PairLogistic(), config.Triplet()])
 def test_only_saving_logging_and_places_may_change(tmp_path, loss):
     experiment = dataclasses.replace(TINY, loss=loss)
-    checkpoint.check_same(tmp_path, experiment)  # nothing there yet
-    checkpoint.write_text(tmp_path / "config.json", config.to_json(experiment))
+    begun(tmp_path, experiment)
     checkpoint.check_same(tmp_path, experiment)
     free = {"data.data_dir", "data.memory_gb", "checkpoint.every", "checkpoint.log", "checkpoint.keep_best"}
     met = set()
@@ -252,13 +278,31 @@ def test_only_saving_logging_and_places_may_change(tmp_path, loss):
     assert met == free
 
 
+def test_before_the_first_step_is_saved_anything_may_change(tmp_path):
+    other = dataclasses.replace(TINY, steps=10)
+    checkpoint.check_same(tmp_path / "nowhere", other)
+    checkpoint.write_text(tmp_path / "config.json", config.to_json(TINY))
+    fake_step(tmp_path, "1.orbax-checkpoint-tmp", 0.5)
+    checkpoint.check_same(tmp_path, other)
+    fake_step(tmp_path, 1, 0.5)
+    with pytest.raises(ValueError, match="steps: 9 there, 10 now"):
+        checkpoint.check_same(tmp_path, other)
+
+
+def test_other_photos_than_those_of_the_newest_step_are_refused(fresh, tmp_path):
+    facts = {"source": "lfw", "people": 1200, "photos": 5000}
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(fresh, 1), TINY, {**facts, "fingerprint": "older"}, 0.9)
+        checkpoints.save(at(fresh, 2), TINY, {**facts, "fingerprint": "newer"}, 0.5)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.check_data({**facts, "fingerprint": "newer"}, tmp_path)
+        with pytest.raises(ValueError, match="lfw is not what .*1,200 training people.*5,000 photos there, 7 with"):
+            checkpoints.check_data({**facts, "people": 7, "fingerprint": "older"}, tmp_path)
+
+
 def test_a_run_directory_has_one_owner_and_a_kill_frees_it(tmp_path):
     run = tmp_path / "runs" / "one"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(run)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    try:
+    with child(HOLDER, run) as holder:
         assert holder.stdout.readline() == "held\n"
         for _ in range(2):  # the refused one must not take the owner's name away
             with (
@@ -268,14 +312,10 @@ def test_a_run_directory_has_one_owner_and_a_kill_frees_it(tmp_path):
                 pass
         os.kill(holder.pid, signal.SIGKILL)
         assert holder.wait(timeout=30) == -signal.SIGKILL
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
-    with checkpoint.locked(run):
-        # The new owner's number alone, not after the old one's.
-        with pytest.raises(BlockingIOError, match=f"process {os.getpid()}\\."), checkpoint.locked(run):
-            pass
+    # The new owner's number alone, not after the old one's.
+    message = f"process {os.getpid()}\\."
+    with checkpoint.locked(run), pytest.raises(BlockingIOError, match=message), checkpoint.locked(run):
+        pass
     with checkpoint.locked(run), checkpoint.locked(tmp_path / "runs" / "two"):
         pass
 
@@ -304,19 +344,8 @@ def test_a_reader_sees_the_old_file_or_the_new_never_a_part(tmp_path):
     path = tmp_path / "metrics.json"
     texts = ["a" * 300_000, "b" * 300_000]
     checkpoint.write_text(path, texts[0])
-    writer = f"""
-from pathlib import Path
-from faceembed import checkpoint
-print("ready", flush=True)
-for number in range(200):
-    checkpoint.write_text(Path({str(path)!r}), "ab"[number % 2] * 300_000)
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", writer], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
     seen = set()
-    try:
+    with child(WRITER, path) as process:
         assert process.stdout.readline() == "ready\n"
         deadline = time.monotonic() + 30
         while process.poll() is None and time.monotonic() < deadline:
@@ -324,26 +353,24 @@ for number in range(200):
             assert text in texts, f"{len(text)} characters"
             seen.add(text[0])
         assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
     assert seen == {"a", "b"}
 
 
 def test_a_fingerprint_changes_with_names_shapes_types_and_bits():
-    tree = {"a": np.arange(6, dtype=np.float32), "b": {"c": np.zeros((), np.int32)}}
+    numbers = np.arange(6, dtype=np.float32)
+    zero = np.zeros((), np.int32)
+    tree = {"a": numbers, "b": {"c": zero}}
     same = {"b": {"c": jnp.zeros((), jnp.int32)}, "a": jnp.arange(6, dtype=jnp.float32)}
     print_of = checkpoint.fingerprint(tree)
     assert checkpoint.fingerprint(same) == print_of
-    next_float = tree["a"].copy()
-    next_float[3] = np.nextafter(next_float[3], np.float32(9))
+    next_float = numbers.copy()
+    next_float[3] = np.nextafter(numbers[3], np.float32(9))
     others = [
         {**tree, "a": next_float},
-        {**tree, "a": tree["a"].reshape(2, 3)},
-        {**tree, "a": tree["a"].view(np.int32)},
-        {"x": tree["a"], "b": tree["b"]},
-        {"a": tree["a"], "b": {"d": tree["b"]["c"]}},
+        {**tree, "a": numbers.reshape(2, 3)},
+        {**tree, "a": numbers.view(np.int32)},
+        {"x": numbers, "b": {"c": zero}},
+        {"a": numbers, "b": {"d": zero}},
         {**tree, "b": {"c": np.float32(-0.0)}},
     ]
     prints = {checkpoint.fingerprint(other) for other in others} | {print_of}

@@ -64,6 +64,9 @@ def test_names_agree_with_the_registries():
     miner = typing.get_type_hints(config.Triplet)["miner"]
     assert set(typing.get_args(miner)) == set(MINERS)
     assert set(CHOICES["encoder"]) == set(ENCODERS)
+    from faceembed.data.sources import SOURCES
+
+    assert {*config.SOURCES, "folder:PATH"} == set(SOURCES)
     for name, member in CHOICES["encoder"].items():
         assert config.encoder_name(member) == name
 
@@ -80,6 +83,20 @@ def test_names_agree_with_the_registries():
         (lambda: config.Augment(rotation=-1.0), "--augment.rotation"),
         (lambda: config.Checkpoint(every=0), "--checkpoint.every"),
         (lambda: config.Data(margin=0.5), "--data.margin"),
+        (lambda: config.Data(source="celebb"), "--data.source celeba"),
+        (lambda: config.Data(source="folder:"), "--data.source folder:/photos"),
+        (lambda: config.Data(people=0), "--data.people"),
+        (lambda: config.Data(memory_gb=float("nan")), "--data.memory-gb"),
+        (lambda: config.Schedule(weight_decay=float("nan")), "--schedule.weight-decay"),
+        (lambda: config.Schedule(weight_decay=-1.0), "--schedule.weight-decay"),
+        (lambda: config.Schedule(clip_norm=float("nan")), "--schedule.clip-norm"),
+        (lambda: config.Schedule(learning_rate=float("inf")), "--schedule.learning-rate"),
+        (lambda: config.AdamW(b2=2.0), "--optimizer.b2 0.999"),
+        (lambda: config.SGD(momentum=3.0), "--optimizer.momentum"),
+        (lambda: config.Triplet(margin=float("inf")), "--loss.margin"),
+        (lambda: config.ConvNet(dim=0), "--encoder.dim"),
+        (lambda: config.IResNet(dim=-1), "--encoder.dim"),
+        (lambda: config.ConvNet(widths=(4, 8)), "--encoder.blocks"),
     ],
 )
 def test_bad_values_say_what_to_type(build, flag):

@@ -87,7 +87,7 @@ def test_margin_adds_surroundings_and_does_not_change_the_scale(size, margin, ou
     # Pillow rounds a box to float32, so a value may fall on the other side of a half.
     assert np.abs(inner - plain).max() <= 1
     if edge:
-        assert np.abs(large[: size, : size].astype(int) - plain).max() > 10
+        assert np.abs(large[:size, :size].astype(int) - plain).max() > 10
 
 
 def test_a_size_that_margin_does_not_divide_keeps_the_scale_too():
@@ -153,11 +153,11 @@ def test_normalize_keeps_float64():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(size=15), "preprocess.size is 15 px.*--preprocess.size 64"),
-        (dict(size=-64), "preprocess.size is -64 px"),
-        (dict(scale=0.0), "preprocess.scale is 0.0.*such as 127.5"),
-        (dict(scale=-1.0), "preprocess.scale is -1.0"),
-        (dict(scale=float("nan")), "preprocess.scale is nan"),
+        ({"size": 15}, "preprocess.size is 15 px.*--preprocess.size 64"),
+        ({"size": -64}, "preprocess.size is -64 px"),
+        ({"scale": 0.0}, "preprocess.scale is 0.0.*such as 127.5"),
+        ({"scale": -1.0}, "preprocess.scale is -1.0"),
+        ({"scale": float("nan")}, "preprocess.scale is nan"),
     ],
 )
 def test_impossible_settings_say_what_to_type(options, message):

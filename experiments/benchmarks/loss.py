@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from faceembed.losses import triplet_loss
 
@@ -43,7 +44,10 @@ def interleaved(calls, repeats: int) -> np.ndarray:
 def main(repeats: int = REPEATS) -> dict[str, dict[str, float]]:
     """Prints one line a case and returns {miner: {size, product_ms, loss_ms, ratio, ratio_q10, ratio_q90, bar}}."""
     results = {}
-    print(f"{jax.default_backend()}, {jax.device_count()} device(s), D={DIM}, median of {repeats} (10 % … 90 %)")
+    print(
+        f"{jax.default_backend()}, {jax.device_count()} device(s), {psutil.cpu_count()} processors, "
+        f"load {psutil.getloadavg()[0]:.1f}, D={DIM}, median of {repeats} (10 % … 90 %)"
+    )
     print(f"{'miner':<10} {'B':>5} {'product ms':>11} {'loss+grad ms':>13} {'ratio':>20} {'bar':>5}")
     for miner, (size, bar) in CASES.items():
         emb, ids = embeddings(size)

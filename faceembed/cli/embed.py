@@ -4,12 +4,15 @@ import dataclasses
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
 from faceembed.cli.train import use_compilation_cache
+
+if TYPE_CHECKING:
+    from faceembed.embed import Embedder
 
 CHUNK = 4096
 """Photos decoded at once: bounds memory whatever the size of the source."""
@@ -22,7 +25,10 @@ class Options:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A run directory (its best step is taken) or a step directory."""
     source: Annotated[str, tyro.conf.Positional]
-    """celeba | lfw | synthetic | folder:PATH."""
+    """celeba | lfw | synthetic | folder:PATH. A checkpoint trained on synthetic people gets the same people."""
+    framing: Literal["celeba", "lfw"] | None = None
+    """folder:PATH: the photos are framed like CelebA's aligned ones or like deep-funneled LFW, at any size. When not
+    given, they are cropped tightly already: the largest centred square is taken."""
     out: Path
     """The .npz file to write."""
     data_dir: Path | None = None
@@ -32,7 +38,7 @@ class Options:
     json: Path | None = None
     """Write a summary there."""
     progress: bool = True
-    """Show a progress bar."""
+    """Show progress bars."""
 
 
 def run(arguments: list[str]) -> None:
@@ -47,18 +53,24 @@ def run(arguments: list[str]) -> None:
     from faceembed import report
     from faceembed.data import pipeline, sources
 
-    photos = sources.open_source(options.source, data_dir=options.data_dir)
-    use_compilation_cache()
-    from faceembed import embed
-
-    embedder = embed.load(options.checkpoint)
+    # What is wrong with the photos is told before JAX is imported; only synthetic ones depend on the checkpoint.
+    embedder = load(options.checkpoint) if options.source == "synthetic" else None
+    drawn = synthetic_options(embedder) if embedder else {}
+    photos = sources.open_source(options.source, data_dir=options.data_dir, progress=options.progress, **drawn)
+    if options.framing:
+        photos = sources.framed(photos, options.framing)
+    for line in sources.problem_lines(photos):
+        print(line)
+    embedder = embedder or load(options.checkpoint)
     started = time.perf_counter()
     parts = []
-    for start in sources.progress_bar(range(0, len(photos), CHUNK), None, "embedding", shown=options.progress):
-        mask = np.zeros(len(photos), bool)
-        mask[start : start + CHUNK] = True
-        crops = pipeline.decode_all(sources.select(photos, mask), embedder.size, progress=False)
-        parts.append(embedder(crops, options.batch))
+    with sources.progress_bar(None, len(photos), "embedding", shown=options.progress) as bar:
+        for start in range(0, len(photos), CHUNK):
+            mask = np.zeros(len(photos), bool)
+            mask[start : start + CHUNK] = True
+            crops = pipeline.decode_all(sources.select(photos, mask), embedder.size, progress=False)
+            parts.append(embedder(crops, options.batch))
+            bar.update(len(crops))
     embeddings = np.concatenate(parts)
     seconds = time.perf_counter() - started
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +83,25 @@ def run(arguments: list[str]) -> None:
     )
     if options.json:
         content = {
-            "checkpoint": str(embedder.path), "source": options.source, "fingerprint": photos.fingerprint,
+            "checkpoint": str(embedder.path), "source": options.source, "framing": options.framing, "fingerprint": photos.fingerprint,
             "photos": len(photos), "people": len(photos.people), "dim": embeddings.shape[1], "seconds": seconds,
         }  # fmt: skip
         report.write_json(options.json, content)
+
+
+def load(checkpoint: Path) -> "Embedder":
+    """The checkpoint, with the compilation cache in use."""
+    use_compilation_cache()
+    from faceembed import embed
+
+    return embed.load(checkpoint)
+
+
+def synthetic_options(embedder: "Embedder") -> dict[str, Any]:
+    """What `open_source("synthetic", …)` draws for a checkpoint: its own people, if it was trained on synthetic ones."""
+    config = embedder.config
+    if config.data.source != "synthetic":
+        return {"size": embedder.size}
+    return {
+        "seed": config.seed, "people": config.data.people, "photos": config.data.photos, "size": embedder.size,
+    }  # fmt: skip

@@ -40,6 +40,11 @@ def run(arguments: list[str]) -> None:
         prog=f"launch.py train {name}",
         description=f"{Options.__doc__} {_choices_help()}",
     )
+    source = options.experiment.data.source
+    if source.startswith("folder:") and not Path(source.removeprefix("folder:")).expanduser().is_dir():
+        raise ValueError(
+            f"--data.source is {source!r}, and there is no such folder. It holds one folder a person, with their photos in."
+        )
     use_compilation_cache()
     from faceembed.training import loop
 

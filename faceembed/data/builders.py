@@ -121,7 +121,7 @@ def prepare(
                 else:
                     pairs.read_lfw_pairs(path)
             except ValueError as error:
-                if path.parent != downloads:
+                if path.parent != downloads or path.name not in LFW_LISTS or archives or pairs_dir:
                     raise
                 path.unlink()
                 raise ValueError(f"{error} {_AGAIN}") from error
@@ -171,7 +171,7 @@ def prepare(
             shutil.copyfile(path, built / path.name)
         _swap(built, target, workshop / "replaced")
     except DamagedArchive as error:
-        if error.path.parent != downloads:
+        if archives:
             raise
         error.path.unlink()
         raise DamagedArchive(f"{error} {_AGAIN}", error.path) from error

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,13 @@ class Pairs:
 
 
 def load_pairs(
-    spec: str, *, data_dir: Path | str | None = None, split: str = "report", n: int = 4000, seed: int = 0
+    spec: str,
+    *,
+    data_dir: Path | str | None = None,
+    split: str = "report",
+    n: int = 4000,
+    progress: bool = True,
+    **options: Any,
 ) -> tuple[Pairs, Photos]:
     """The pairs a name stands for, and the photos they are of.
 
@@ -45,21 +52,25 @@ def load_pairs(
       data_dir: where prepared sets are kept; None is `sources.default_data_dir()`.
       split: of "heldout:" alone, whose people: train, select, calibrate or report.
       n: of "heldout:" alone, pairs at most.
-      seed: of "heldout:" alone.
+      progress: show a bar while the files of a folder are checked.
+      **options: of "heldout:synthetic" alone, for `sources.open_source`; the draw of the pairs has no seed, so that the
+        list of a source is the one that ends its training.
 
     Raises:
-      ValueError: if there is no such list, or it is malformed (the line is named).
+      ValueError: if there is no such list, or it takes no such options, or it is malformed (the line is named).
       FileNotFoundError: if the set is not prepared, or lacks the list.
     """
     kind, _, rest = spec.partition(":")
     directory = sources.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    if options and kind != "heldout":
+        raise ValueError(f"pairs {spec!r} take no options, got {', '.join(sorted(options))}.")
     if kind == "lfw" and rest in LFW_LISTS:
         return _lfw(rest, directory)
     if kind == "csv" and rest:
         return read_csv(Path(rest).expanduser())
     if kind == "heldout" and rest:
-        photos = sources.open_source(rest, data_dir=directory)
-        return heldout(photos, split, seed=seed, n=n), photos
+        photos = sources.open_source(rest, data_dir=directory, progress=progress, **options)
+        return heldout(photos, split, seed=0, n=n), photos
     known = ", ".join(f"lfw:{view}" for view in LFW_LISTS)
     raise ValueError(f"pairs {spec!r} is none of {known}, csv:FILE, heldout:SOURCE. Try --pairs lfw:view1_test.")
 
@@ -225,11 +236,12 @@ def read_lfw_people(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
 def read_csv(path: Path) -> tuple[Pairs, Photos]:
     """A list of one's own: columns a, b (image files, relative to the list) and same (1 or 0), and fold if wanted.
 
-    Who the people are follows from the pairs: photos joined by genuine pairs, directly or through others, show one
-    person.
+    Columns person_a and person_b name the people. Without them, who is who follows from the pairs: photos joined by
+    genuine pairs, directly or through others, show one person, who is called after a photo (`Photos.named` is False).
 
     Raises:
-      ValueError: naming the line that does not fit, or an impostor pair whose photos are joined.
+      ValueError: naming the line that does not fit or contradicts itself or another, or an impostor pair whose photos
+        are joined.
       FileNotFoundError: naming images that are not there.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -237,11 +249,17 @@ def read_csv(path: Path) -> tuple[Pairs, Photos]:
         columns = reader.fieldnames or []
         rows = list(reader)
     if not {"a", "b", "same"} <= set(columns):
-        raise ValueError(f"{path}, line 1: columns are {', '.join(columns)}; expected a,b,same (and fold).")
+        raise ValueError(
+            f"{path}, line 1: columns are {', '.join(columns)}; expected a,b,same (and fold; person_a,person_b)."
+        )
+    named = "person_a" in columns
+    if named != ("person_b" in columns):
+        raise ValueError(f"{path}, line 1: columns are {', '.join(columns)}; person_a and person_b come together.")
     if not rows:
         raise ValueError(f"{path} has no pair: expected lines like anna/1.jpg,anna/2.jpg,1.")
     same, fold = [], []
     leader: dict[str, str] = {}
+    name_of: dict[str, tuple[str, int]] = {}
 
     def lead(key: str) -> str:
         leader.setdefault(key, key)
@@ -259,6 +277,17 @@ def read_csv(path: Path) -> tuple[Pairs, Photos]:
             )
         if "fold" in columns and not (row["fold"] or "").isdigit():
             raise ValueError(f"{path}, line {line}: fold is {row['fold']!r}: expected 0, 1, ….")
+        for photo, column in (("a", "person_a"), ("b", "person_b")) if named else ():
+            name = (row[column] or "").strip()
+            known, where = name_of.setdefault(row[photo], (name, line))
+            if not name or name != known:
+                told = f"{row[photo]} is {known} in line {where}" if name else "expected a name"
+                raise ValueError(f"{path}, line {line}: {column} is {name!r}: {told}.")
+        if named and truth != (name_of[row["a"]][0] == name_of[row["b"]][0]):
+            raise ValueError(
+                f"{path}, line {line}: same is {row['same']!r}, but the people are {row['person_a']!r} and "
+                f"{row['person_b']!r}."
+            )
         same.append(truth)
         fold.append(int(row["fold"]) if "fold" in columns else 0)
         first, second = sorted((lead(row["a"]), lead(row["b"])))
@@ -273,7 +302,9 @@ def read_csv(path: Path) -> tuple[Pairs, Photos]:
     if missing:
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise FileNotFoundError(f"{path}: no such image beside it: {', '.join(missing[:10])}{more}.")
-    _, keys, identity, people = sources.arrange(list(leader), [lead(key) for key in leader])
+    _, keys, identity, people = sources.arrange(
+        list(leader), [name_of[key][0] if named else lead(key) for key in leader]
+    )
     pairs = Pairs(
         key_a=np.array([row["a"] for row in rows], str),
         key_b=np.array([row["b"] for row in rows], str),
@@ -296,6 +327,7 @@ def read_csv(path: Path) -> tuple[Pairs, Photos]:
         square=None,
         problems=(),
         fingerprint=sources.fingerprint_of(keys, people, path.read_text()),
+        named=named,
     )
     return pairs, photos
 
