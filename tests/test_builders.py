@@ -246,6 +246,7 @@ def test_a_damaged_set_names_the_photo(celeba):
     [
         ({"archives": []}, ValueError, "add --archive img_align_celeba.zip"),
         ({"identities": None}, ValueError, "add --identities identity_CelebA.txt"),
+        ({"identities": "nofile.txt"}, FileNotFoundError, "there is no file nofile.txt. Check --identities"),
         ({"archives": ["nowhere.tar"]}, FileNotFoundError, "nowhere.tar does not exist"),
         ({"pairs_dir": "here"}, ValueError, "leave out --pairs-dir"),
         ({"name": "celba"}, ValueError, "choose from celeba, lfw"),
@@ -362,6 +363,41 @@ def test_a_download_that_fails_says_how_to_go_on(failure, tmp_path, monkeypatch)
     with pytest.raises(ConnectionError, match=r"(no route|after 4 of 8 bytes).*--archive lfw-deepfunneled.tgz"):
         builders.prepare("lfw", data_dir=tmp_path / "data")
     assert [file for file in (tmp_path / "data").rglob("*") if file.is_file()] == []
+
+
+def test_a_bad_file_that_was_fetched_is_fetched_again(lfw, tmp_path, monkeypatch):
+    page = b"<html>moved</html>"
+    served = dict.fromkeys(builders.LFW_LISTS, b"0\n")
+    for name in (lfw.name, *builders.LFW_LISTS):
+        if (lfw.parent / name).exists():
+            served[name] = (lfw.parent / name).read_bytes()
+    whole = dict(served)
+
+    def urlopen(url, timeout):
+        response = io.BytesIO(served[url.rsplit("/", 1)[1]])
+        response.headers = {}
+        return response
+
+    monkeypatch.setattr(builders.urllib.request, "urlopen", urlopen)
+    data_dir = tmp_path / "data"
+    cut = whole[lfw.name][: len(whole[lfw.name]) // 2]
+    for name, content in ((lfw.name, page), (lfw.name, cut), ("pairsDevTest.txt", page)):
+        served[name] = content
+        (data_dir / "downloads" / name).unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=rf"{name}.*deleted now; the same command fetches it again"):
+            builders.prepare("lfw", data_dir=data_dir)
+        assert not (data_dir / "downloads" / name).exists()
+        served[name] = whole[name]
+    assert builders.prepare("lfw", data_dir=data_dir)["photos"] == 6
+
+
+def test_a_bad_archive_of_ones_own_is_kept(tmp_path):
+    mine = tmp_path / "data" / "downloads" / "mine.tgz"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"<html>moved</html>")
+    with pytest.raises(ValueError, match=r"mine\.tgz is no tar.*check its size\.$"):
+        builders.prepare("lfw", archives=[mine], data_dir=tmp_path / "data")
+    assert mine.exists()
 
 
 def test_malformed_lists_stop_the_preparation(lfw, tmp_path):

@@ -175,7 +175,6 @@ def test_the_best_step_is_found_the_later_of_equals(tmp_path):
     for step, score in ((9, 0.8), (10, 0.9), (2, 0.9), (100, 0.1)):
         fake_step(tmp_path, step, score)
     assert checkpoint.find_step(tmp_path).name == "10"
-    assert checkpoint.find_step(str(tmp_path)).name == "10"
     assert checkpoint.find_step(tmp_path / "checkpoints" / "2").name == "2"
 
 
@@ -207,7 +206,7 @@ def test_every_field_that_differs_is_named(tmp_path):
     other = dataclasses.replace(
         TINY,
         steps=10,
-        encoder=dataclasses.replace(TINY.encoder, widths=(4, 16)),
+        encoder=config.ConvNet(widths=(4, 16), blocks=(1, 1), dim=8),
         loss=config.Triplet(),
         optimizer=config.AdamW(b2=0.5),
         data=config.Data(source="lfw", margin=1.25, data_dir="/elsewhere"),

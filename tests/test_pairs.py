@@ -2,6 +2,9 @@
 
 import collections
 import itertools
+import json
+import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,9 +193,42 @@ def test_a_list_of_ones_own(album):
     ]  # fmt: skip
 
 
+def test_a_list_may_name_its_people(album):
+    (album / "list.csv").write_text(
+        "a,b,same,person_a,person_b\nanna1.png,anna2.png,1,Anna,Anna\nanna3.png,bob1.png,0,Anna,Bob\n"
+    )
+    listed, photos = pairs.read_csv(album / "list.csv")
+    a, b = pairs.resolve(listed, photos)
+    assert photos.named
+    assert photos.people[photos.identity[a]].tolist() == ["Anna", "Anna"]
+    assert photos.people[photos.identity[b]].tolist() == ["Anna", "Bob"]
+    assert sources.select(photos, photos.identity == 1).named
+    (album / "list.csv").write_text("a,b,same\nanna1.png,anna2.png,1\n")
+    _, photos = pairs.read_csv(album / "list.csv")
+    assert not photos.named
+    assert not sources.select(photos, photos.identity == 0).named
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
+        ("a,b,same,person_a\n", ValueError, "person_a and person_b come together"),
+        (
+            "a,b,same,person_a,person_b\nanna1.png,anna2.png,1,Anna,Bob\n",
+            ValueError,
+            "line 2: same is '1', but the people are 'Anna' and 'Bob'",
+        ),
+        ("a,b,same,person_a,person_b\nanna1.png,anna2.png,0,A,A\n", ValueError, "line 2: same is '0'"),
+        (
+            "a,b,same,person_a,person_b\nanna1.png,anna2.png,0,A,\n",
+            ValueError,
+            "line 2: person_b is '': expected a name",
+        ),
+        (
+            "a,b,same,person_a,person_b\nanna1.png,anna2.png,1,A,A\nbob1.png,anna1.png,1,B,B\n",
+            ValueError,
+            "line 3: person_b is 'B': anna1.png is A in line 2",
+        ),
         ("x,y,same\n", ValueError, "line 1: columns are x, y, same; expected a,b,same"),
         ("a,b,same\n", ValueError, "has no pair"),
         ("a,b,same\nanna1.png,anna2.png,yes\n", ValueError, "line 2: same is 'yes'"),
@@ -216,6 +252,115 @@ def test_malformed_lists_name_the_line(album, text, error, message):
 def test_unknown_lists_are_answered_with_the_known(spec, tmp_path):
     with pytest.raises(ValueError, match="none of lfw:view1_train, lfw:view1_test, lfw:view2, csv:FILE, heldout:"):
         pairs.load_pairs(spec, data_dir=tmp_path)
+
+
+def test_heldout_synthetic_takes_the_renderers_options_and_draws_the_list_of_the_final_table(tmp_path):
+    drawn = {"people": 150, "photos": 3, "seed": 5, "size": 32}
+    listed, photos = pairs.load_pairs("heldout:synthetic", split="report", n=8, **drawn)
+    own = sources.open_source("synthetic", **drawn)
+    assert photos.fingerprint == own.fingerprint
+    part = sources.select(own, (splits.split_of(own.people) == "report")[own.identity])
+    expected = pairs.heldout(part, "report", seed=0, n=8)
+    assert listed.key_a.tolist() == expected.key_a.tolist()
+    assert listed.key_b.tolist() == expected.key_b.tolist()
+    with pytest.raises(ValueError, match="pairs 'csv:list.csv' take no options, got seed"):
+        pairs.load_pairs("csv:list.csv", seed=3)
+
+
+@pytest.fixture
+def verify(monkeypatch, tmp_path):
+    """`launch.py verify` with a fake checkpoint whose embeddings are pixels: arguments → what was written."""
+    from faceembed import config
+    from faceembed.cli import verify
+    from faceembed.evaluate import person_hash
+
+    class Embedder:
+        path, size = Path("runs/fake/checkpoints/000001"), 16
+        data: typing.ClassVar = {"source": "synthetic", "people_hashes": [person_hash("Anna")]}
+        config: typing.Any = None
+
+        def __call__(self, images, batch=256):
+            vectors = images.reshape(len(images), -1) - np.float32(127.5)
+            return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    Embedder.config = config.Experiment(seed=7, data=config.Data(source="synthetic", people=150, photos=3))
+    monkeypatch.setattr(verify, "load", lambda checkpoint: Embedder())
+
+    def run(*arguments):
+        verify.run(
+            ["runs/fake", "--heads", "threshold", "--json", str(tmp_path / "results.json"), "--no-progress",
+             "--data-dir", str(tmp_path / "cache"), *arguments]
+        )  # fmt: skip
+        return json.loads((tmp_path / "results.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The photos that verify embeds, tested ones first."""
+    from faceembed import evaluate
+
+    seen, real = [], evaluate.embed_pairs
+
+    def embed_pairs(embedder, photos, listed, **options):
+        seen.append(photos)
+        return real(embedder, photos, listed, **options)
+
+    monkeypatch.setattr(evaluate, "embed_pairs", embed_pairs)
+    return seen
+
+
+@pytest.fixture
+def named_list(tmp_path):
+    """Pairs in two folds, of photos of two sizes, with columns that name the people."""
+    rng = np.random.default_rng(0)
+    lines = ["a,b,same,fold,person_a,person_b"]
+    for fold, (one, other) in enumerate((("Anna", "Bob"), ("Cy", "Dee"))):
+        for name in (one, other):
+            base = rng.integers(0, 255, (5, 5, 3), np.uint8)
+            for photo, size in enumerate(((89, 109), (178, 218))):
+                Image.fromarray(base).resize(size).save(tmp_path / f"{name}{photo}.png")
+        lines += [f"{name}0.png,{name}1.png,1,{fold},{name},{name}" for name in (one, other)]
+        lines += [f"{one}{i}.png,{other}{j}.png,0,{fold},{one},{other}" for i, j in ((0, 0), (1, 1))]
+    (tmp_path / "named.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "unnamed.csv").write_text("\n".join(line.rsplit(",", 2)[0] for line in lines) + "\n")
+    return tmp_path
+
+
+def test_verify_tells_who_was_trained_on_or_that_nobody_could_check(named_list, verify, capsys):
+    nobody = "the list names no people: nobody could check that none was trained on"
+    warnings = " ".join(verify("--pairs", f"csv:{named_list / 'unnamed.csv'}")["results"]["warnings"])
+    assert nobody in warnings
+    assert nobody in capsys.readouterr().out
+    warnings = " ".join(verify("--pairs", f"csv:{named_list / 'named.csv'}")["results"]["warnings"])
+    assert nobody not in warnings
+    assert "1 of 4 tested people" in warnings
+    assert "Anna" in warnings
+
+
+def test_verify_frames_each_photo_by_its_width(named_list, verify, opened):
+    assert verify("--pairs", f"csv:{named_list / 'named.csv'}", "--framing", "celeba")["framing"] == "celeba"
+    assert [opened[0].square(width).side for width in (89, 178)] == [64, 128]
+    with pytest.raises(ValueError, match="synthetic brings its own square"):
+        verify("--pairs", "heldout:synthetic", "--framing", "celeba")
+
+
+def test_verify_draws_the_checkpoints_own_synthetic_people(verify, opened):
+    verify("--pairs", "heldout:synthetic")
+    own = sources.open_source("synthetic", people=150, photos=3, seed=7, size=16)
+    assert [photos.fingerprint for photos in opened] == [own.fingerprint] * 2
+
+
+def test_verify_tells_what_was_odd_once(tmp_path, verify, capsys):
+    for person in range(120):
+        (tmp_path / "album" / f"p{person:03d}").mkdir(parents=True)
+        for photo in range(2):
+            colours = np.random.default_rng(2 * person + photo).integers(0, 255, (8, 8, 3), np.uint8)
+            Image.fromarray(colours).save(tmp_path / "album" / f"p{person:03d}" / f"{photo}.png")
+    (tmp_path / "album" / "p000" / "bad.png").write_text("not an image")
+    verify("--pairs", f"heldout:folder:{tmp_path / 'album'}")
+    assert capsys.readouterr().out.count("1 × corrupt image, first ") == 1
 
 
 def test_heldout_by_name_comes_with_its_photos(tmp_path):

@@ -1,9 +1,12 @@
 """Batches from memory and through grain: the same, whatever the step they start from."""
 
+import dataclasses
 import threading
+import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from faceembed.data import pipeline, sampling, sources
 from faceembed.preprocess import Square, crop_square
@@ -107,6 +110,35 @@ def test_the_limit_decides_what_is_read_when(photos, sampler):
     asked.clear()
     gather(watched, sampler, steps=9, memory_limit_bytes=needed, decoded=pipeline.decode_all(photos, 16, 1.25))
     assert asked == []
+
+
+def test_a_step_is_planned_once_however_many_threads_ask(photos, sampler):
+    planned = []
+
+    class Slow(sampling.Sampler):
+        def batch(self, step):
+            planned.append(step)
+            time.sleep(0.02)
+            return super().batch(step)
+
+    slow = Slow(**{field.name: getattr(sampler, field.name) for field in dataclasses.fields(sampler)})
+    assert len(gather(photos, slow, memory_limit_bytes=0)) == 9
+    assert sorted(planned) == list(range(9))
+
+
+def test_a_framing_is_cut_by_each_photos_own_width(tmp_path):
+    (tmp_path / "anna").mkdir()
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (*size, 3), np.uint8) for size in ((109, 89), (218, 178), (40, 89))]
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "anna" / f"{number}.png")
+    photos = sources.open_source(f"folder:{tmp_path}", data_dir=tmp_path / "cache")
+    crops = pipeline.decode_all(sources.framed(photos, "celeba"), 32)
+    # The last photo ends above the square's lower edge.
+    for crop, image, factor in zip(crops, images, (1, 2, 1), strict=True):
+        square = Square(x=44.5 * factor, y=62.0 * factor, side=64.0 * factor)
+        np.testing.assert_array_equal(crop, crop_square(image, square, 32))
+    assert np.any(crops != pipeline.decode_all(photos, 32))
 
 
 def test_photos_that_do_not_decode_are_all_named(photos, sampler):

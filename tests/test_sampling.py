@@ -1,5 +1,7 @@
 """The P×K plan against the promises in its module's docstring."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -168,6 +170,9 @@ def test_shares_join_to_the_batch():
         ([1] * 50, {}, "nobody of 50 people has two photos"),
         ([100] * 5, {}, "give 20 and singletons 0. Try --batch.people 5"),
         ([2] * 5 + [1] * 50, {}, "give 10 and singletons 3"),
+        ([3] * 2, {"people": 2, "photos": 4}, r"Try --batch.photos 3\.$"),
+        ([2] * 3, {"photos": 6}, r"Try --batch.people 2 --batch.photos 3\.$"),
+        ([9] + [1] * 90, {}, "Add photos of other people"),
         ([4] * 50, {"photos": 1}, "8 × 1"),
         ([4] * 50, {"people": 1}, "1 × 4"),
         ([4] * 50, {"singletons": 1.0}, "singletons is 1.0"),
@@ -176,6 +181,24 @@ def test_shares_join_to_the_batch():
 def test_sets_that_cannot_fill_a_batch_say_so(counts, options, message):
     with pytest.raises(ValueError, match=message):
         sampling.make_sampler(people_of(counts), **({"people": 8, "photos": 4, "seed": 0} | options))
+
+
+def test_what_is_advised_works():
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        identity = people_of(rng.integers(1, 5, rng.integers(3, 12)))
+        wanted = {"people": int(rng.integers(2, 10)), "photos": int(rng.integers(2, 9))}
+        try:
+            sampling.make_sampler(identity, seed=0, **wanted)
+        except ValueError as error:
+            advised = dict(re.findall(r"--batch\.(\w+) (\d+)", str(error)))
+            if advised:
+                refused += 1
+                tried = wanted | {name: int(number) for name, number in advised.items()}
+                assert tried != wanted
+                sampling.make_sampler(identity, seed=0, **tried)
+    assert refused > 50
 
 
 def test_negative_steps_and_float_identities_are_refused():

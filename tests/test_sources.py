@@ -2,15 +2,19 @@
 
 import dataclasses
 import io
+import json
 import sys
 import types
+import typing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from faceembed import config
 from faceembed.data import sources
+from faceembed.preprocess import FRAMINGS, crop_square
 
 
 def picture(seed, size=(20, 24), mode="RGB"):
@@ -70,6 +74,8 @@ def test_every_kind_of_trouble_is_told_and_nothing_else_is_lost(album, tmp_path)
     (album / "empty").mkdir()
     (album / "stray.png").write_bytes(whole)
     Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(album / "Bob" / "deep.png")
+    (album / "Bob" / "gone.png").symlink_to(album / "unmounted.png")
+    (album / "Bob" / "more").symlink_to(album / "Zoe")
 
     photos = sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")
     told = reasons(photos)
@@ -85,7 +91,10 @@ def test_every_kind_of_trouble_is_told_and_nothing_else_is_lost(album, tmp_path)
         "empty": "empty folder",
         "stray.png": "file beside the people's folders",
         "0.png": "duplicate name",
+        "gone.png": "broken link",
+        "more": "link to a folder",
     }
+    assert "unmounted.png" in told["gone.png"]
     assert "truncated" in told["cut.jpg"].lower()
     assert "save it as 8-bit" in told["deep.png"]
     assert "0.jpg is kept" in told["0.png"]
@@ -94,6 +103,127 @@ def test_every_kind_of_trouble_is_told_and_nothing_else_is_lost(album, tmp_path)
     }  # fmt: skip
     for index in range(len(photos)):
         assert photos.read(index).dtype == np.uint8
+
+
+def test_trouble_is_printed_a_line_a_kind(album, tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (album / "anna" / name).write_text("not an image")
+    photos = sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")
+    first, second, last = sources.problem_lines(photos)
+    assert first.startswith(f"2 × corrupt image, first {album / 'anna' / 'a.jpg'}: left out (")
+    assert second == "1 × one photo: kept, serves as a negative"
+    assert last == f"python launch.py data info folder:{album} --json FILE lists all"
+    for name in ("a.jpg", "b.jpg"):
+        (album / "anna" / name).unlink()
+    photos = sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")
+    assert sources.problem_lines(photos) == ["1 × one photo: kept, serves as a negative"]
+    save(album / "Bob" / "1.png", 55)
+    assert sources.problem_lines(sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")) == []
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_bar_of_a_folder_can_be_hidden(album, tmp_path, monkeypatch, progress):
+    told = {}
+
+    def bar(items, total, what, *, shown=True):
+        told[what] = shown
+        return items
+
+    monkeypatch.setattr(sources, "progress_bar", bar)
+    sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache", progress=progress)
+    assert told == {"checking photos": progress}
+
+
+def test_only_photos_without_a_square_can_be_framed(album, tmp_path):
+    photos = sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match="framing 'portrait' is not one of celeba, lfw"):
+        sources.framed(photos, "portrait")
+    with pytest.raises(ValueError, match=r"--framing lfw is for folder: and csv: photos.*synthetic brings its own"):
+        sources.framed(sources.open_source("synthetic", people=3, photos=2), "lfw")
+
+
+class FakeEmbedder:
+    """Stands in for a checkpoint: an embedding is a photo's mean colour, and what was asked of it is kept."""
+
+    path = Path("runs/fake/checkpoints/000001")
+    size = 32
+    data: typing.ClassVar = {}
+    config = config.Experiment(seed=7, data=config.Data(source="synthetic", people=5, photos=3))
+
+    def __call__(self, images, batch=256):
+        return images.mean((1, 2)).astype(np.float32)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """`launch.py embed` with a fake checkpoint: arguments → what was saved."""
+    from faceembed.cli import embed
+
+    monkeypatch.setattr(embed, "load", lambda checkpoint: FakeEmbedder())
+
+    def run(source, out, *arguments):
+        embed.run(["runs/fake", source, "--out", str(out), *arguments])
+        with np.load(out) as saved:
+            return dict(saved)
+
+    return run
+
+
+def test_embed_counts_photos_and_tells_what_was_odd(album, tmp_path, monkeypatch, capsys, command):
+    from faceembed.cli import embed
+
+    (album / "anna" / "a.jpg").write_text("not an image")
+    bars = []
+    real = sources.progress_bar
+
+    def watched(items, total, what, *, shown=True):
+        bar = real(items, total, what, shown=shown)
+        if what == "embedding":
+            done = []
+            bars.append((total, done))
+            bar.update = done.append
+        return bar
+
+    monkeypatch.setattr(sources, "progress_bar", watched)
+    monkeypatch.setattr(embed, "CHUNK", 4)
+    saved = command(f"folder:{album}", tmp_path / "out.npz", "--data-dir", str(tmp_path / "cache"))
+    assert len(saved["embedding"]) == 6
+    assert bars == [(6, [4, 2])]
+    told = capsys.readouterr().out
+    assert f"1 × corrupt image, first {album / 'anna' / 'a.jpg'}" in told
+    assert "1 × one photo" in told
+
+
+def test_embed_frames_photos(tmp_path, command):
+    image = np.random.default_rng(0).integers(0, 255, (250, 250, 3), np.uint8)
+    (tmp_path / "album" / "anna").mkdir(parents=True)
+    Image.fromarray(image).save(tmp_path / "album" / "anna" / "0.png")
+    arguments = (f"folder:{tmp_path / 'album'}", tmp_path / "out.npz", "--data-dir", str(tmp_path / "cache"))
+    for flags, square in (((), None), (("--framing", "lfw"), FRAMINGS["lfw"][1])):
+        expected = crop_square(image, square, 32).mean((0, 1))
+        np.testing.assert_allclose(command(*arguments, *flags)["embedding"], [expected], rtol=1e-6)
+    with pytest.raises(ValueError, match="synthetic brings its own square"):
+        command("synthetic", tmp_path / "out.npz", "--framing", "lfw")
+
+
+def test_framings_of_the_commands_are_those_there_are():
+    from faceembed.cli import embed, verify
+
+    for options in (embed.Options, verify.Options):
+        hint = typing.get_type_hints(options)["framing"]
+        assert set(typing.get_args(typing.get_args(hint)[0])) == set(FRAMINGS)
+
+
+def test_embed_draws_the_checkpoints_own_synthetic_people(tmp_path, monkeypatch, command):
+    own = sources.open_source("synthetic", people=5, photos=3, seed=7, size=32)
+    summary = tmp_path / "summary.json"
+    saved = command("synthetic", tmp_path / "out.npz", "--json", str(summary))
+    assert json.loads(summary.read_text())["fingerprint"] == own.fingerprint
+    assert saved["key"].tolist() == own.keys.tolist()
+    monkeypatch.setattr(FakeEmbedder, "config", config.Experiment(seed=7, data=config.Data(source="lfw", people=5)))
+    from faceembed.cli.embed import synthetic_options
+
+    assert synthetic_options(FakeEmbedder()) == {"size": 32}
 
 
 def test_unchanged_files_are_not_read_again_and_changed_ones_are(album, tmp_path, monkeypatch):

@@ -188,6 +188,27 @@ def test_eight_devices_save_and_one_goes_on(whole, tmp_path):
         assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 1e-3
 
 
+def test_a_folder_of_photos_is_trained_on_whatever_lies_in_it(tmp_path):
+    """From files through grain, with the other losses' and optimizers' path; a broken file is named and left out."""
+    from PIL import Image
+
+    from faceembed.data import synthetic
+
+    person, photo = np.divmod(np.arange(360), 3)
+    for who, which, pixels in zip(person, photo, synthetic.render(1, person, photo, size=48), strict=True):
+        (tmp_path / "photos" / f"p{who}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"p{who}" / f"{which}.png")
+    broken = tmp_path / "photos" / "p7" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:500])
+    more = ("--data.source", f"folder:{tmp_path / 'photos'}", "--data.data-dir", str(tmp_path / "data"))
+    more += ("--data.memory-gb", "0", "--loss", "contrastive", "--optimizer", "sgd", "--steps", "4")
+    printed = finish(start(tmp_path / "run", *more))
+    assert "p7/1.png" in printed
+    assert "verification of" in printed
+    losses = [row["loss"] for row in metrics_of(tmp_path / "run") if "loss" in row]
+    assert min(losses) > 0
+
+
 # ---- the checkpoint in use ---------------------------------------------------------------------------------------------
 
 

@@ -83,8 +83,9 @@ def run(arguments: list[str]) -> None:
     )
     if options.json:
         content = {
-            "checkpoint": str(embedder.path), "source": options.source, "framing": options.framing, "fingerprint": photos.fingerprint,
-            "photos": len(photos), "people": len(photos.people), "dim": embeddings.shape[1], "seconds": seconds,
+            "checkpoint": str(embedder.path), "source": options.source, "framing": options.framing,
+            "fingerprint": photos.fingerprint, "photos": len(photos), "people": len(photos.people),
+            "dim": embeddings.shape[1], "seconds": seconds,
         }  # fmt: skip
         report.write_json(options.json, content)
 

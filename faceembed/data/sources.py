@@ -70,9 +70,7 @@ class Photos:
         return len(self.keys)
 
 
-def open_source(
-    source: str, *, data_dir: Path | str | None = None, progress: bool = True, **options: Any
-) -> Photos:
+def open_source(source: str, *, data_dir: Path | str | None = None, progress: bool = True, **options: Any) -> Photos:
     """Opens a source of photos.
 
     Args:
