@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from faceembed.preprocess import Preprocess
 
-
 SOURCES = ("synthetic", "celeba", "lfw")
 """Sources that go by a name of their own; the others are folder:PATH."""
 
@@ -52,7 +51,9 @@ class Data:
         if not 1.0 <= self.margin <= 2.0:
             raise ValueError(f"data.margin is {self.margin}: it enlarges the square, 1 to 2. Try --data.margin 1.125.")
         if not 0 <= self.memory_gb < math.inf:
-            raise ValueError(f"data.memory_gb is {self.memory_gb}: 0 reads from disk, more is kept. Try --data.memory-gb 4.")
+            raise ValueError(
+                f"data.memory_gb is {self.memory_gb}: 0 reads from disk, more is kept. Try --data.memory-gb 4."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -364,7 +364,7 @@ def test_iresnet_drops_values_only_in_training():
 def test_unknown_names_and_options_say_what_to_type():
     with pytest.raises(ValueError, match="'resnet50'; choose one of convnet, mobilefacenet, iresnet18"):
         make_encoder("resnet50")
-    with pytest.raises(ValueError, match="float32 or bfloat16, not 'float16'"):
+    with pytest.raises(ValueError, match="float32, bfloat16 or float64, not 'float16'"):
         make_encoder("convnet", dtype="float16")
     with pytest.raises(ValueError, match=r"dim 0.*dim=128"):
         make_encoder("convnet", dim=0)

@@ -158,6 +158,7 @@ def test_normalize_keeps_float64():
         ({"scale": 0.0}, "preprocess.scale is 0.0.*such as 127.5"),
         ({"scale": -1.0}, "preprocess.scale is -1.0"),
         ({"scale": float("nan")}, "preprocess.scale is nan"),
+        ({"scale": float("inf")}, "preprocess.scale is inf"),
     ],
 )
 def test_impossible_settings_say_what_to_type(options, message):

@@ -57,7 +57,7 @@ def train(
         checkpoint.check_same(run, experiment)
 
         # ---- data: photos, people split once, the P×K plan ---------------------------------------------------------
-        photos = open_data(experiment.data, size=pre.size, seed=experiment.seed)
+        photos = open_data(experiment.data, size=pre.size, seed=experiment.seed, progress=progress)
         for line in sources.problem_lines(photos):
             print(line)
         people_of = evaluate.split_photos(photos)
@@ -149,10 +149,10 @@ def train(
         return evaluate.final_report(run, people_of, progress=progress)
 
 
-def open_data(data: config.Data, *, size: int, seed: int) -> sources.Photos:
+def open_data(data: config.Data, *, size: int, seed: int, progress: bool = True) -> sources.Photos:
     """The source an experiment names. Synthetic photos are drawn in the encoder's size, so that none is resized."""
     if data.source != "synthetic":
-        return sources.open_source(data.source, data_dir=data.data_dir)
+        return sources.open_source(data.source, data_dir=data.data_dir, progress=progress)
     return sources.open_source("synthetic", people=data.people, photos=data.photos, seed=seed, size=size)
 
 
