@@ -338,3 +338,29 @@ def test_verify_warns_of_training_people(whole, embedder):
     part = splits.split_of(photos.people)
     known = evaluate.training_people(embedder, photos.people)
     assert known == photos.people[part == "train"].tolist()
+
+
+def test_the_readmes_script_runs_as_written(whole, tmp_path):
+    from PIL import Image
+
+    from faceembed.data import synthetic
+
+    text = (ROOT / "README.md").read_text()
+    script = text.split("```python\n")[1].split("```")[0]
+    assert len([line for line in script.splitlines() if line]) <= 10
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "celeba").symlink_to(whole[0])
+    for name, pixels in zip(("one.jpg", "other.jpg"), synthetic.render(2, [0, 0], [0, 1], size=50), strict=True):
+        Image.fromarray(pixels).save(tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    distance, verdict = done.stdout.splitlines()
+    assert distance.startswith("squared distance ")
+    assert verdict in ("same person", "different people")
