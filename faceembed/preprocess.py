@@ -73,6 +73,14 @@ def framed_square(name: str, width: int) -> Square:
     return Square(x=square.x * factor, y=square.y * factor, side=square.side * factor)
 
 
+def crop_side(size: int, margin: float) -> int:
+    """Side of a crop with room around it, in pixels: about size · margin, and as many pixels on one side as on the other.
+
+    An odd number of pixels too many would put the middle of the crop half a pixel off, and blur every training view.
+    """
+    return size + 2 * round(size * (margin - 1) / 2)
+
+
 def crop_square(photo: np.ndarray, square: Square | None, size: int, margin: float = 1.0) -> np.ndarray:
     """Cuts a square out of a photo and resizes it.
 
@@ -83,14 +91,14 @@ def crop_square(photo: np.ndarray, square: Square | None, size: int, margin: flo
       margin: enlarges the square and the result alike, so that the central size × size pixels do not change scale.
 
     Returns:
-      uint8 RGB [round(size · margin), round(size · margin), 3]. Pixels outside the photo repeat its edge.
+      uint8 RGB [s, s, 3], s = crop_side(size, margin). Pixels outside the photo repeat its edge.
     """
     if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
         raise ValueError(f"photo is {photo.dtype} {photo.shape}: expected uint8 RGB [h, w, 3], values 0-255.")
     height, width = photo.shape[:2]
     if square is None:
         square = Square(x=width / 2, y=height / 2, side=min(height, width))
-    out = round(size * margin)
+    out = crop_side(size, margin)
     side = square.side * out / size
     left, top = square.x - side / 2, square.y - side / 2
     pad = int(np.ceil(max(0, -left, -top, left + side - width, top + side - height)))

@@ -48,7 +48,7 @@ def test_a_square_of_whole_pixels_is_cut_out_and_repeats_the_edge_outside(height
 )  # fmt: skip
 def test_any_square_of_any_photo_can_be_cut(x, y, side, size, margin, height, width):
     got = crop_square(np.full((height, width, 3), (10, 200, 90), np.uint8), Square(x=x, y=y, side=side), size, margin)
-    assert got.shape == (round(size * margin),) * 2 + (3,)
+    assert got.shape == (preprocess.crop_side(size, margin),) * 2 + (3,)
     assert (got == (10, 200, 90)).all()
 
 
@@ -168,3 +168,9 @@ def test_impossible_settings_say_what_to_type(options, message):
 
 def test_the_smallest_settings_are_accepted():
     assert Preprocess(size=16, scale=1e-3, mean=0.0).size == 16
+
+
+@pytest.mark.parametrize(("size", "margin", "side"), [(64, 1.125, 72), (40, 1.125, 44), (24, 1.125, 28), (64, 1.0, 64)])
+def test_a_crop_has_as_much_room_on_one_side_as_on_the_other(size, margin, side):
+    assert preprocess.crop_side(size, margin) == side
+    assert (side - size) % 2 == 0

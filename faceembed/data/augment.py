@@ -46,7 +46,8 @@ def augment(
       shift: largest shift either way, as a share of `size`.
       colour: strength of brightness, contrast, saturation and channel-gain jitter, 0 to 1.
       grey: share of photos turned grey.
-      erase: share of photos with a rectangle (2-20 % of the area) replaced by noise (Zhong et al. 2020).
+      erase: share of photos with a rectangle (2-20 % of the area, less what a border cuts off) replaced by noise
+        (Zhong et al. 2020).
       degrade: share of photos blurred with a Gaussian of 0.5-2 px at size 64.
       dtype: of the arithmetic, float32 or float64. The draws are the same in both.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from faceembed.data import sampling, sources
-from faceembed.preprocess import crop_square
+from faceembed.preprocess import crop_side, crop_square
 
 
 def batches(
@@ -46,12 +46,12 @@ def batches(
 
     Yields:
       {"image": uint8 [b, s, s, 3], "identity": int32 [b], "index": int32 [b] into photos, "slot": int32 [b] place in
-      the whole batch}, b = P·K / processes, s = round(size · margin).
+      the whole batch}, b = P·K / processes, s = crop_side(size, margin).
 
     Raises:
       ValueError: if the plan and the photos do not belong together, or a photo does not decode (it is named).
     """
-    side = round(size * margin)
+    side = crop_side(size, margin)
     if len(sampler.order) != len(photos):
         raise ValueError(
             f"the plan is for {len(sampler.order)} photos, but the source has {len(photos)}: "
@@ -71,7 +71,7 @@ def batches(
 
 def fits_in_memory(photos: int, size: int, margin: float, limit_bytes: float) -> bool:
     """Whether the uint8 crops of so many photos take at most `limit_bytes`."""
-    return photos * round(size * margin) ** 2 * 3 <= limit_bytes
+    return photos * crop_side(size, margin) ** 2 * 3 <= limit_bytes
 
 
 def decode_all(
@@ -87,12 +87,12 @@ def decode_all(
       threads: that decode at once; None takes two a processor.
 
     Returns:
-      uint8 RGB [n, s, s, 3], s = round(size · margin).
+      uint8 RGB [n, s, s, 3], s = crop_side(size, margin).
 
     Raises:
       ValueError: naming the photos that do not decode.
     """
-    side = round(size * margin)
+    side = crop_side(size, margin)
     crops = np.empty((len(photos), side, side, 3), np.uint8)
 
     def fill(index: int) -> str | None:
