@@ -50,13 +50,15 @@ def main(arguments: list[str]) -> int:
     try:
         importlib.import_module(f"faceembed.cli.{name}").run(rest)
     except KeyboardInterrupt:
-        print("\nstopped.", file=sys.stderr)
+        again = " The same command goes on from the last checkpoint." if name == "train" else ""
+        print(f"\nstopped.{again}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
         # A message of ours says what to do, and a stack trace above it would only hide it. Anything raised elsewhere
         # is a fault of ours, and then the trace is what helps.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        ours = Path(__file__).parents[1] in raised_in.parents or isinstance(error, FileNotFoundError | FileExistsError)
+        of_a_file = isinstance(error, FileNotFoundError | FileExistsError | PermissionError)
+        ours = of_a_file or Path(__file__).parents[1] in raised_in.parents
         if not ours or os.environ.get("FACEEMBED_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -93,6 +93,8 @@ def train(
         )
         embed_fn = embed.make_embed(encoder, pre)
 
+        if schedule.warmup >= experiment.steps:
+            print(f"note: a warm-up of {schedule.warmup} steps ends with the run; --schedule.warmup 0 turns it off.")
         # From here on the directory holds a run of this experiment; nothing before has written to it.
         checkpoint.write_text(run / "config.json", config.to_json(experiment))
         with checkpoint.Checkpoints(run, experiment.checkpoint.keep_best) as checkpoints:
