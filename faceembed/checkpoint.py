@@ -197,19 +197,6 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also when the machine stops in the middle."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # there only after a failure
-
-
 def _complete_steps(run: Path) -> list[Path]:
     # Orbax renames a step into place when it is whole: a directory with a bare number is a complete one.
     folder = run / "checkpoints"

@@ -202,8 +202,16 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
       TypeError: as `jsonable`; nothing has been written then.
       OSError: the folder cannot be written; the old file stands.
     """
+    write_text(path, json.dumps(jsonable(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file whole or not at all, also when the machine stops in the middle; folders are made.
+
+    Raises:
+      OSError: the folder cannot be written; the old file stands.
+    """
     path = Path(path)
-    text = json.dumps(jsonable(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Opened with mode "x" and not by mkstemp, whose files only their owner may read.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -213,6 +221,5 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # there only after a failure

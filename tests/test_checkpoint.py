@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from faceembed import checkpoint, config, embed
+from faceembed import checkpoint, config, embed, report
 from faceembed.training import step as steps
 
 ROOT = Path(__file__).parents[1]
@@ -39,10 +39,10 @@ with checkpoint.locked(Path(sys.argv[1])):
 WRITER = """
 import sys
 from pathlib import Path
-from faceembed import checkpoint
+from faceembed import report
 print("ready", flush=True)
 for number in range(200):
-    checkpoint.write_text(Path(sys.argv[1]), "ab"[number % 2] * 300_000)
+    report.write_text(Path(sys.argv[1]), "ab"[number % 2] * 300_000)
 """
 
 
@@ -197,7 +197,7 @@ def test_paths_without_a_checkpoint_say_what_was_expected(tmp_path):
 
 def begun(run, experiment):
     """A run directory with a first step."""
-    checkpoint.write_text(run / "config.json", config.to_json(experiment))
+    report.write_text(run / "config.json", config.to_json(experiment))
     fake_step(run, 1, 0.5)
 
 
@@ -280,7 +280,7 @@ def test_only_saving_logging_and_places_may_change(tmp_path, loss):
 def test_before_the_first_step_is_saved_anything_may_change(tmp_path):
     other = dataclasses.replace(TINY, steps=10)
     checkpoint.check_same(tmp_path / "nowhere", other)
-    checkpoint.write_text(tmp_path / "config.json", config.to_json(TINY))
+    report.write_text(tmp_path / "config.json", config.to_json(TINY))
     fake_step(tmp_path, "1.orbax-checkpoint-tmp", 0.5)
     checkpoint.check_same(tmp_path, other)
     fake_step(tmp_path, 1, 0.5)
@@ -321,9 +321,9 @@ def test_a_run_directory_has_one_owner_and_a_kill_frees_it(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
-    checkpoint.write_text(path, "old")
+    report.write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        checkpoint.write_text(path, "new" * 10_000 + "\ud800")  # no file can hold half a surrogate pair
+        report.write_text(path, "new" * 10_000 + "\ud800")  # no file can hold half a surrogate pair
     assert path.read_text() == "old"
 
     def full(_):
@@ -332,9 +332,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            checkpoint.write_text(path, "new")
+            report.write_text(path, "new")
     assert path.read_text() == "old"
-    checkpoint.write_text(path, "new")
+    report.write_text(path, "new")
     assert path.read_text() == "new"
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
@@ -342,7 +342,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_reader_sees_the_old_file_or_the_new_never_a_part(tmp_path):
     path = tmp_path / "metrics.json"
     texts = ["a" * 300_000, "b" * 300_000]
-    checkpoint.write_text(path, texts[0])
+    report.write_text(path, texts[0])
     seen = set()
     with child(WRITER, path) as process:
         assert process.stdout.readline() == "ready\n"

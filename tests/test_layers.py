@@ -28,7 +28,8 @@ ALLOWED = {
     "embed": {"checkpoint", "config", "data", "encoders", "preprocess", "verification"},
     "evaluate": {"checkpoint", "data", "embed", "metrics", "report", "verification"},
     "training.loop": {
-        "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "training.step",
+        "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "report",
+        "training.step",
     },
     "cli": {"checkpoint", "cli", "config", "data", "embed", "evaluate", "mesh", "report", "training.loop", "verification"},
 }  # fmt: skip

@@ -6,6 +6,7 @@ synthetic         procedural identities, rendered when first read
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from faceembed import report
 from faceembed.preprocess import Square, framed_square
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -389,11 +391,8 @@ def _check_files(files: list[Path], cache: Path, progress: bool) -> list[tuple[s
     with concurrent.futures.ThreadPoolExecutor() as pool:
         now = dict(progress_bar(pool.map(check, files), len(files), "checking photos", shown=progress))
     if now != known:
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(cache, json.dumps(now).encode())
-        except OSError:
-            pass  # the cache saves time, nothing else
+        with contextlib.suppress(OSError):  # the cache saves time, nothing else
+            report.write_text(cache, json.dumps(now))
     return [(now[str(file)][2], now[str(file)][3]) for file in files]
 
 
@@ -439,13 +438,6 @@ SOURCES: dict[str, Callable[..., Photos]] = {
     "synthetic": _synthetic,
     "folder:PATH": _folder,
 }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def _digest(text: str) -> str:

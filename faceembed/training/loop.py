@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from faceembed import checkpoint, config, embed, evaluate, losses, metrics, preprocess
+from faceembed import checkpoint, config, embed, evaluate, losses, metrics, preprocess, report
 from faceembed import mesh as meshes
 from faceembed.data import augment, pairs, pipeline, sampling, sources
 from faceembed.training import step as steps
@@ -96,7 +96,7 @@ def train(
         if schedule.warmup >= experiment.steps:
             print(f"note: a warm-up of {schedule.warmup} steps ends with the run; --schedule.warmup 0 turns it off.")
         # From here on the directory holds a run of this experiment; nothing before has written to it.
-        checkpoint.write_text(run / "config.json", config.to_json(experiment))
+        report.write_text(run / "config.json", config.to_json(experiment))
         with checkpoint.Checkpoints(run, experiment.checkpoint.keep_best) as checkpoints:
             # ---- where an earlier command stopped ------------------------------------------------------------------
             first = checkpoints.latest or 0
@@ -254,7 +254,7 @@ class MetricsLog:
                 continue  # a line cut off by a crash; its step comes again
             if row["step"] <= first:
                 kept.append(line + "\n")
-        checkpoint.write_text(path, "".join(kept))
+        report.write_text(path, "".join(kept))
         self._path = path
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -292,4 +292,4 @@ def record_environment(run: Path, mesh: Any) -> None:
     changed = [f"{name} {before.get(name)} → {value}" for name, value in now.items() if before.get(name) != value]
     if changed:
         print(f"note: {', '.join(changed)}: the run goes on, but not bit for bit as it would have.")
-    checkpoint.write_text(path, json.dumps(now, indent=1) + "\n")
+    report.write_text(path, json.dumps(now, indent=1) + "\n")
