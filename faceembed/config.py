@@ -117,16 +117,76 @@ class IResNet:
 
     depth: Literal[18, 34, 50, 100] = 50
     """Layers."""
+    dropout: float = 0.0
+    """Share of the last map that is dropped in training; arcface_torch drops none."""
     dim: int = 512
     """Numbers in an embedding."""
 
     def __post_init__(self) -> None:
         _check_dim(self.dim)
+        _check_drop("dropout", self.dropout)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InceptionResNetV1:
+    """Inception-ResNet-v1 (Szegedy et al. 2016), FaceNet's line: native at 160 px, 75 at least."""
+
+    dropout: float = 0.6
+    """Share of the pooled map that is dropped in training; facenet-pytorch drops 0.6."""
+    dim: int = 512
+    """Numbers in an embedding."""
+
+    def __post_init__(self) -> None:
+        _check_dim(self.dim)
+        _check_drop("dropout", self.dropout)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViT:
+    """A small vision transformer (InsightFace's ViT-T), native at 112 px."""
+
+    patch: int = 8
+    """Side of a patch in pixels; it divides preprocess.size."""
+    width: int = 256
+    """Channels of a patch."""
+    depth: int = 12
+    """Blocks of attention and MLP."""
+    heads: int = 8
+    """Attention heads; they divide the width."""
+    drop_path: float = 0.1
+    """Stochastic depth: share of photos that skip a branch of the last block; it grows from 0 in the first."""
+    dim: int = 512
+    """Numbers in an embedding."""
+
+    def __post_init__(self) -> None:
+        _check_dim(self.dim)
+        _check_drop("drop_path", self.drop_path)
+        for name, usual in (("patch", 8), ("width", 256), ("depth", 12), ("heads", 8)):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"encoder.{name} is {getattr(self, name)}: it counts from 1. Try --encoder.{name} {usual}."
+                )
+        if self.width % self.heads:
+            raise ValueError(
+                f"encoder.width is {self.width} and encoder.heads {self.heads}: each head takes an equal share of the "
+                f"channels. Try --encoder.width {max(1, round(self.width / self.heads)) * self.heads}."
+            )
+
+
+def _check_drop(name: str, share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError(
+            f"encoder.{name} is {share}: it is a share, 0 (off) ≤ {name} < 1. "
+            f"Try --encoder.{name.replace('_', '-')} 0.1."
+        )
 
 
 def _check_dim(dim: int) -> None:
     if dim < 1:
         raise ValueError(f"encoder.dim is {dim}: an embedding has at least one number. Try --encoder.dim 128.")
+
+
+Miner = Literal["random", "hardest", "semi_hard", "all", "semi_hard_all"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,10 +195,19 @@ class Triplet:
 
     margin: float = 0.2
     """Squared-Euclidean margin α; FaceNet uses 0.2."""
-    miner: Literal["random", "hardest", "semi_hard", "all", "semi_hard_all"] = "semi_hard"
+    miner: Miner = "semi_hard"
     """Which triplets of the global batch are used."""
+    last_miner: Miner | None = None
+    """Which are used in the last part of the training, such as hardest after semi_hard; None: the same to the end."""
+    last_share: float = 0.25
+    """How much of the training that last part is, as a share of its steps."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.last_share < 1:
+            raise ValueError(
+                f"loss.last_share is {self.last_share}: it is a share of the steps, 0 < share < 1. "
+                "Try --loss.last-share 0.25."
+            )
         if not 0 < self.margin < math.inf:
             raise ValueError(
                 f"loss.margin is {self.margin}: without a margin one point for every face has zero loss. "
@@ -285,7 +354,7 @@ class Checkpoint:
                 )
 
 
-Encoder = ConvNet | MobileFaceNet | IResNet
+Encoder = ConvNet | MobileFaceNet | IResNet | InceptionResNetV1 | ViT
 Loss = Triplet | Contrastive | PairLogistic
 Optimizer = AdamW | SGD
 
@@ -295,6 +364,8 @@ CHOICES: dict[str, dict[str, Any]] = {
         "convnet": ConvNet(),
         "mobilefacenet": MobileFaceNet(),
         **{f"iresnet{depth}": IResNet(depth=typing.cast(Any, depth)) for depth in (18, 34, 50, 100)},
+        "inception_resnet_v1": InceptionResNetV1(),
+        "vit": ViT(),
     },
     "loss": {"triplet": Triplet(), "contrastive": Contrastive(), "pair_logistic": PairLogistic()},
     "optimizer": {"adamw": AdamW(), "sgd": SGD()},
@@ -337,13 +408,17 @@ def encoder_name(encoder: Encoder) -> str:
             return "mobilefacenet"
         case IResNet():
             return f"iresnet{encoder.depth}"
+        case InceptionResNetV1():
+            return "inception_resnet_v1"
+        case ViT():
+            return "vit"
 
 
 _TYPES = {
     cls.__name__: cls
     for cls in (
-        Experiment, Data, Preprocess, Batch, ConvNet, MobileFaceNet, IResNet, Triplet, Contrastive, PairLogistic,
-        AdamW, SGD, Schedule, Augment, Checkpoint,
+        Experiment, Data, Preprocess, Batch, ConvNet, MobileFaceNet, IResNet, InceptionResNetV1, ViT, Triplet, Contrastive,
+        PairLogistic, AdamW, SGD, Schedule, Augment, Checkpoint,
     )
 }  # fmt: skip
 

@@ -23,7 +23,8 @@ EmbedFn = Callable[[Any, Any], jax.Array]
 def build_encoder(experiment: config.Experiment) -> nn.Module:
     """The encoder an experiment names, in its precision."""
     options = {field.name: getattr(experiment.encoder, field.name) for field in dataclasses.fields(experiment.encoder)}
-    options.pop("depth", None)  # iresnet's depth is part of its name
+    if isinstance(experiment.encoder, config.IResNet):
+        options.pop("depth")  # it is part of the name
     return encoders.make_encoder(config.encoder_name(experiment.encoder), dtype=experiment.precision, **options)
 
 

@@ -43,9 +43,35 @@ def check_batch(mesh: Mesh, people: int, photos: int) -> None:
         )
 
 
-def state_sharding(mesh: Mesh, state: Any) -> Any:
-    """The sharding of every leaf of a state: replicated."""
-    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+def state_sharding(mesh: Mesh, state: Any, *, shard_optimizer: bool = False) -> Any:
+    """The sharding of every leaf of a state.
+
+    Args:
+      state: a TrainState of arrays or of their abstract shapes.
+      shard_optimizer: divide the optimizer's state and the moving averages over the data axis (ZeRO stage 1): each leaf
+        along its longest dimension that divides, so that a device holds 1/n of them. Leaves without such a dimension,
+        and everything else, are whole on every device.
+
+    Returns:
+      The same tree of shardings.
+    """
+    devices = mesh.shape[DATA]
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        spec = PartitionSpec()
+        if shard_optimizer and path[0].name in ("opt_state", "ema"):
+            divisible = [axis for axis, size in enumerate(leaf.shape) if size and size % devices == 0]
+            if divisible:
+                longest = max(divisible, key=lambda axis: leaf.shape[axis])
+                spec = PartitionSpec(*(DATA if axis == longest else None for axis in range(leaf.ndim)))
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def replicated(mesh: Mesh, tree: Any) -> Any:
+    """The same arrays, whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

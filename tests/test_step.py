@@ -31,10 +31,10 @@ def batches(count=STEPS, seed=0):
         yield {"image": image.astype(np.uint8), "identity": identity, "slot": np.arange(24, dtype=np.int32)}
 
 
-def build(experiment, devices, views=None, loss=None):
+def build(experiment, devices, views=None, loss=None, shard_optimizer=False):
     mesh = meshes.make_mesh(devices)
     encoder = embed.build_encoder(experiment)
-    chosen, loss_params = loop.make_loss(experiment.loss, experiment.encoder.dim)
+    chosen, loss_params = loop.make_loss(experiment)
     schedule = experiment.schedule
     optimizer, _ = steps.make_optimizer(
         optax.scale_by_adam(), learning_rate=schedule.learning_rate, warmup=schedule.warmup, steps=experiment.steps,
@@ -42,16 +42,17 @@ def build(experiment, devices, views=None, loss=None):
     )  # fmt: skip
     dtype = jnp.float64 if experiment.precision == "float64" else jnp.float32
     state = steps.init_state(encoder, optimizer, seed=3, size=SIZE, loss_params=loss_params, dtype=dtype)
-    state = jax.device_put(state, meshes.state_sharding(mesh, state))
+    shardings = meshes.state_sharding(mesh, state, shard_optimizer=shard_optimizer)
+    state = jax.device_put(state, shardings)
     update = steps.make_train_step(
         encoder, loss or chosen, optimizer, views or loop.make_views(experiment), seed=3, ema=schedule.ema, mesh=mesh,
-        state=state,
+        shardings=shardings,
     )  # fmt: skip
     return mesh, state, update
 
 
-def trajectory(experiment, devices):
-    mesh, state, update = build(experiment, devices)
+def trajectory(experiment, devices, **options):
+    mesh, state, update = build(experiment, devices, **options)
     measured = []
     for batch in meshes.to_devices(batches(), mesh):
         state, metrics = update(state, batch)
@@ -98,6 +99,48 @@ def test_more_devices_take_the_steps_of_one_float64(devices):
         assert relative(getattr(many_state, part), getattr(one_state, part)) < 1e-9
 
 
+def test_a_divided_optimizer_takes_the_same_steps_with_an_eighth_of_the_memory():
+    """ZeRO stage 1 by shardings alone."""
+    mesh, state, update = build(TINY, 8, shard_optimizer=True)
+
+    measured = []
+    for batch in meshes.to_devices(batches(), mesh):
+        before, (state, metrics) = state, update(state, batch)
+        measured.append(metrics)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    for part in ("opt_state", "ema", "params", "batch_stats"):
+        leaves = jax.tree.leaves(getattr(state, part))
+        divided = [leaf for leaf in leaves if part in ("opt_state", "ema") and any(n % 8 == 0 for n in leaf.shape)]
+        assert len(divided) > 8 or part in ("params", "batch_stats")
+        for leaf in leaves:
+            share = 8 if any(leaf is other for other in divided) else 1
+            assert leaf.addressable_shards[0].data.nbytes * share == leaf.nbytes
+    assert update._cache_size() == 1
+    whole, whole_state = trajectory(TINY, 8)
+    for row, other in zip(jax.device_get(measured), whole, strict=True):
+        for name in row:
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    for part in ("params", "batch_stats", "ema", "opt_state"):
+        assert relative(getattr(jax.device_get(state), part), getattr(whole_state, part)) < 1e-5
+
+
+def test_each_leaf_is_divided_along_its_longest_dimension_that_divides():
+    mesh = meshes.make_mesh(4)
+    leaf = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)  # noqa: E731
+    state = steps.TrainState(
+        step=leaf(), skipped=leaf(), params={"k": leaf(8, 16)}, batch_stats={"m": leaf(16)},
+        opt_state={"k": leaf(8, 16), "odd": leaf(3, 3, 6, 12), "small": leaf(2), "count": leaf()}, ema={"k": leaf(20, 6)},
+    )  # fmt: skip
+    spec = jax.tree.map(lambda sharding: tuple(sharding.spec), meshes.state_sharding(mesh, state, shard_optimizer=True))
+    assert spec.opt_state == {
+        "k": (None, "data"), "odd": (None, None, None, "data"), "small": (), "count": (),
+    }  # fmt: skip
+    assert spec.ema == {"k": ("data", None)}
+    assert spec.params == {"k": ()}
+    whole = meshes.state_sharding(mesh, state)
+    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(whole))
+
+
 def test_one_compilation_and_a_donated_state():
     traces = []
     views = loop.make_views(TINY)
@@ -114,10 +157,10 @@ def test_one_compilation_and_a_donated_state():
 
 
 def test_an_update_that_is_not_finite_is_not_applied():
-    chosen, _ = loop.make_loss(TINY.loss, 8)
+    chosen, _ = loop.make_loss(TINY)
 
-    def spoiled(emb, identity, params, key, axis):
-        loss, metrics = chosen(emb, identity, params, key, axis)
+    def spoiled(emb, identity, params, key, step, axis):
+        loss, metrics = chosen(emb, identity, params, key, step, axis)
         bad = jax.lax.pmax((identity == -1).any().astype(jnp.float32), axis)
         return jnp.where(bad > 0, jnp.nan, loss), metrics
 
@@ -130,6 +173,8 @@ def test_an_update_that_is_not_finite_is_not_applied():
     state, metrics = update(state, put(bad))
     after = jax.device_get(state)
     assert np.isnan(metrics["loss"])
+    assert not metrics["finite"]
+    assert metrics["statistics_finite"]
     assert (after.step, after.skipped, int(metrics["skipped"])) == (2, 1, 1)
     for part in ("params", "batch_stats", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))

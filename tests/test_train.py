@@ -25,11 +25,12 @@ def environment(devices=1):
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
 
 
-def start(run, *more, devices=1):
+def start(run, *more, devices=1, **variables):
     command = [sys.executable, "launch.py", "train", *TINY, "--run-dir", str(run), *more]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command, cwd=ROOT, env={**environment(devices), **variables}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def finish(process):
@@ -49,9 +50,9 @@ def wait_for(process, path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupted, and what it printed."""
+    """A run that nothing interrupted, and what it printed: also each function that JAX compiled."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    return run, finish(start(run))
+    return run, finish(start(run, "--profile", "10:11", JAX_LOG_COMPILES="1"))
 
 
 def state_of(run, step):
@@ -74,7 +75,8 @@ def state_of(run, step):
 
 def metrics_of(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "images_per_s"} for row in rows]
+    clock = ("images_per_s", "host_memory_gb")
+    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 
 def test_a_run_learns_and_leaves_what_it_promises(whole):
@@ -85,8 +87,14 @@ def test_a_run_learns_and_leaves_what_it_promises(whole):
     assert [row["step"] for row in rows if "select_auc" in row] == [4, 8, 12, 16]
     for row in rows:
         if "loss" in row:
-            assert {"active", "d_ap_q50", "d_an_q50", "grad_norm", "learning_rate"} <= set(row)
+            assert {"active", "d_ap_q50", "d_an_q50", "grad_norm", "learning_rate", "effective_rank"} <= set(row)
             assert row["skipped"] == 0
+            # The groups' norms are of one gradient; a row holds their means over three updates.
+            groups = [value for name, value in row.items() if name.startswith("grad_norm/")]
+            assert len(groups) == 4
+            assert max(groups) <= row["grad_norm"] <= sum(groups)
+            # What other miners would find is measured for every third update.
+            assert (row["active_hardest"] is None) == (row["step"] % 3 > 0)
     results = json.loads((run / "results.json").read_text())["results"]
     assert list(results["heads"]) == ["threshold", "logistic_distance", "logistic_abs"]
     # What is printed is what is written.
@@ -95,6 +103,48 @@ def test_a_run_learns_and_leaves_what_it_promises(whole):
     # Tested people were in no training pair, of the encoder or of a head.
     assert results["warnings"] == []
     assert "report people" in printed
+
+
+def test_a_run_compiles_its_update_once(whole):
+    compiled = [line for line in whole[1].splitlines() if "Finished XLA compilation of jit(update)" in line]
+    assert len(compiled) == 1
+    # Nor does anything else compile from step to step: what follows the first save is known by then.
+    assert "was compiled" not in whole[1]
+
+
+def test_a_profile_of_some_updates_is_left_in_the_run_directory(whole):
+    run, printed = whole
+    assert f"profile of updates 10 to 11: {run / 'profile'}" in printed
+    (trace,) = run.glob("profile/**/*.xplane.pb")
+    assert b"update" in trace.read_bytes()
+
+
+def test_a_training_that_is_never_finite_stops_and_names_the_last_good_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    wild = ("--schedule.learning-rate", "1e30", "--schedule.warmup", "0", "--schedule.clip-norm", "1e30")
+    process = start(run, *wild, "--skip-bad-steps", "5")
+    told = process.communicate(timeout=240)[0]
+    assert process.returncode == 1, told
+    assert "Traceback" not in told
+    # The length of such a step overflows, so none is ever made.
+    assert "step 1: not finite: the optimizer’s step, in 3 of 3 updates" in told
+    assert "more than --skip-bad-steps 5. The last good checkpoint is that of step 4." in told
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [(event["step"], event["kind"]) for event in events] == [(1, "non-finite")]
+    for name, array in state_of(run, 4).items():
+        assert np.isfinite(array).all(), name
+    # Going on with the same limit would change nothing, and says so rather than train for ever.
+    again = start(run, *wild, "--skip-bad-steps", "5").communicate(timeout=240)[0]
+    assert "more than --skip-bad-steps 5" in again
+
+
+@pytest.mark.parametrize("value", ["100:110", "3", "8:4", "0:2", "a:b"])
+def test_a_profile_of_updates_that_are_not_is_refused(tmp_path, value):
+    process = start(tmp_path / "run", "--profile", value)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert f"--profile is '{value}': expected the first and the last update, 1 to 16" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(whole, tmp_path):
@@ -171,12 +221,13 @@ def test_a_failed_start_leaves_the_run_directory_free(tmp_path):
 
 def test_eight_devices_save_and_one_goes_on(whole, tmp_path):
     run = tmp_path / "elastic"
-    process = start(run, devices=8)
+    process = start(run, "--shard-optimizer", devices=8)
     wait_for(process, run / "checkpoints" / "8" / "_CHECKPOINT_METADATA")
     process.kill()
     process.communicate()
-    printed = finish(start(run, devices=1))
+    printed = finish(start(run, "--deterministic", devices=1))
     assert "devices 8 → 1" in printed
+    assert json.loads((run / "environment.json").read_text())["deterministic"] is True
     expected, got = state_of(whole[0], STEPS), state_of(run, STEPS)
     for name in ("params", "train"):
         a, b = (

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         again = " The same command goes on from the last checkpoint." if name == "train" else ""
         print(f"\nstopped.{again}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         # A message of ours says what to do, and a stack trace above it would only hide it. Anything raised elsewhere
         # is a fault of ours, and then the trace is what helps.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

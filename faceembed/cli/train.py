@@ -23,6 +23,16 @@ class Options:
     """Where checkpoints, metrics and results go. A checkpoint in it is gone on from."""
     devices: int | None = None
     """Devices to divide the batch over; all when not given."""
+    shard_optimizer: bool = False
+    """Divide the optimizer's state and the moving averages over the devices (ZeRO-1) instead of keeping them on each."""
+    skip_bad_steps: int = 20
+    """Updates that are not finite are not applied; more than this many of them end the run."""
+    deterministic: bool = False
+    """On GPUs: the same bits each time, with slower operations. A CPU gives them anyway."""
+    profile: str | None = None
+    """FIRST:LAST, such as 100:110: trace these updates with JAX's profiler, into RUN_DIR/profile."""
+    wandb: str | None = None
+    """Project on Weights & Biases to log to, beside metrics.jsonl and TensorBoard."""
     json: Path | None = None
     """Write the final results there too."""
     progress: bool = True
@@ -45,16 +55,42 @@ def run(arguments: list[str]) -> None:
         raise ValueError(
             f"--data.source is {source!r}, and there is no such folder. It holds one folder a person, with their photos in."
         )
+    if options.skip_bad_steps < 0:
+        raise ValueError(f"--skip-bad-steps is {options.skip_bad_steps}: it counts from 0. Try --skip-bad-steps 20.")
+    profile = profiled(options.profile, options.experiment.steps)
+    if options.deterministic:
+        # Read when the back end starts, so before JAX is imported.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     use_compilation_cache()
     from faceembed.training import loop
 
     results = loop.train(
-        options.experiment, options.run_dir, devices=options.devices, progress=options.progress, started=started
-    )
+        options.experiment, options.run_dir, devices=options.devices, shard_optimizer=options.shard_optimizer,
+        skip_bad_steps=options.skip_bad_steps, profile=profile, wandb=options.wandb, progress=options.progress,
+        started=started,
+    )  # fmt: skip
     if options.json:
         from faceembed import report
 
         report.write_json(options.json, results)
+
+
+def profiled(text: str | None, steps: int) -> tuple[int, int] | None:
+    """The first and the last update that `--profile FIRST:LAST` names.
+
+    Raises:
+      ValueError: if that is no range of updates of this training.
+    """
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= steps):
+        start = max(1, min(100, steps - 10))
+        raise ValueError(
+            f"--profile is {text!r}: expected the first and the last update, 1 to {steps}. "
+            f"Try --profile {start}:{min(start + 10, steps)}."
+        )
+    return int(first), int(last)
 
 
 def chosen(arguments: list[str]) -> tuple[str, config.Experiment, list[str]]:

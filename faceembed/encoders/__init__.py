@@ -7,8 +7,10 @@ from typing import Any
 import flax.linen as nn
 
 from faceembed.encoders.convnet import ConvNet
+from faceembed.encoders.inception_resnet_v1 import InceptionResNetV1
 from faceembed.encoders.iresnet import iresnet18, iresnet34, iresnet50, iresnet100
 from faceembed.encoders.mobilefacenet import MobileFaceNet
+from faceembed.encoders.vit import ViT
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
@@ -17,6 +19,8 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "iresnet34": iresnet34,
     "iresnet50": iresnet50,
     "iresnet100": iresnet100,
+    "inception_resnet_v1": InceptionResNetV1,
+    "vit": ViT,
 }
 
 

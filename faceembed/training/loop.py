@@ -1,13 +1,15 @@
 """The training loop, on one screen: `train` reads from top to bottom."""
 
+import collections
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,11 @@ from tqdm import tqdm
 from faceembed import checkpoint, config, embed, evaluate, losses, metrics, preprocess, report
 from faceembed import mesh as meshes
 from faceembed.data import augment, pairs, pipeline, sampling, sources
+from faceembed.training import diagnostics, logs
 from faceembed.training import step as steps
+
+AHEAD = 8
+"""Updates that the host may be ahead of the device: enough to keep it busy, few enough for their batches to fit."""
 
 
 def train(
@@ -28,6 +34,10 @@ def train(
     run: Path,
     *,
     devices: int | None = None,
+    shard_optimizer: bool = False,
+    skip_bad_steps: int = 20,
+    profile: tuple[int, int] | None = None,
+    wandb: str | None = None,
     progress: bool = True,
     started: float | None = None,
 ) -> dict[str, Any]:
@@ -37,6 +47,10 @@ def train(
       experiment: what to train; a run directory that holds another experiment is refused.
       run: where checkpoints, metrics and results go; made when missing.
       devices: how many devices the batch is divided over; None takes all.
+      shard_optimizer: divide the optimizer's state and the averages over the devices, see `mesh.state_sharding`.
+      skip_bad_steps: more updates than this that are not finite end the run with an error.
+      profile: (first, last) update to trace with JAX's profiler, into RUN/profile.
+      wandb: project on Weights & Biases to log to, too.
       progress: show progress bars.
       started: `time.perf_counter()` when the command was given, for the time to the first step; now when not given.
 
@@ -45,6 +59,7 @@ def train(
 
     Raises:
       ValueError: the batch does not divide over the devices, the source has too few people, or the run differs.
+      FloatingPointError: more than `skip_bad_steps` updates were not finite; the last good checkpoint is named.
       BlockingIOError: another process trains in the run directory.
     """
     started = time.perf_counter() if started is None else started
@@ -77,7 +92,7 @@ def train(
 
         # ---- encoder, loss, optimizer, state -----------------------------------------------------------------------
         encoder = embed.build_encoder(experiment)
-        loss, loss_params = make_loss(experiment.loss, experiment.encoder.dim)
+        loss, loss_params = make_loss(experiment)
         optimizer, learning_rate = steps.make_optimizer(
             _rule(experiment.optimizer), learning_rate=schedule.learning_rate, warmup=schedule.warmup,
             steps=experiment.steps, weight_decay=schedule.weight_decay, clip_norm=schedule.clip_norm,
@@ -86,11 +101,12 @@ def train(
         state = steps.init_state(
             encoder, optimizer, seed=experiment.seed, size=pre.size, loss_params=loss_params, dtype=dtype
         )
-        state = jax.device_put(state, meshes.state_sharding(mesh, state))
-        views = make_views(experiment)
+        shardings = meshes.state_sharding(mesh, state, shard_optimizer=shard_optimizer)
+        state = jax.device_put(state, shardings)
         update = steps.make_train_step(
-            encoder, loss, optimizer, views, seed=experiment.seed, ema=schedule.ema, mesh=mesh, state=state
-        )
+            encoder, loss, optimizer, make_views(experiment), seed=experiment.seed, ema=schedule.ema, mesh=mesh,
+            shardings=shardings,
+        )  # fmt: skip
         embed_fn = embed.make_embed(encoder, pre)
 
         if schedule.warmup >= experiment.steps:
@@ -105,7 +121,11 @@ def train(
                 state = checkpoints.restore(state)
                 where = "complete at" if first == experiment.steps else "going on from"
                 print(f"{run}: {where} step {first} of {experiment.steps}")
-            log = MetricsLog(run / "metrics.jsonl", first)
+            if profile and not first < profile[0] <= profile[1] <= experiment.steps:
+                raise ValueError(
+                    f"--profile {profile[0]}:{profile[1]} does not lie in the updates to come, {first + 1} to "
+                    f"{experiment.steps}. Try --profile {first + 10}:{first + 12}."
+                )
             record_environment(run, mesh)
 
             # ---- the loop ------------------------------------------------------------------------------------------
@@ -115,37 +135,47 @@ def train(
                 memory_limit_bytes=experiment.data.memory_gb * 1e9, progress=progress,
             ) if first < experiment.steps else iter(())  # fmt: skip
             bar = progress_bar(experiment.steps, first, progress)
-            pending: list[dict[str, jax.Array]] = []
-            clock, timed = time.perf_counter(), 0
-            for number, moved in enumerate(meshes.to_devices(host, mesh), start=first + 1):
-                state, measured = update(state, moved)
-                pending.append(measured)
-                timed += sampler.size
-                bar.update()
-                if number == first + 1:
-                    jax.block_until_ready(measured)
-                    tqdm.write(f"first step done {time.perf_counter() - started:.1f} s after the command")
-                    clock, timed = time.perf_counter(), 0
-                save = number % experiment.checkpoint.every == 0 or number == experiment.steps
-                # A save ends a row of the log, so that a run that goes on from it writes the rows it would have written.
-                if number % experiment.checkpoint.log == 0 or save:
-                    means = _means(pending)  # the only place where the host waits for the device
-                    rate = timed / (time.perf_counter() - clock) if timed else float("nan")
-                    applied = learning_rate(number - 1 - int(means["skipped"]))
-                    log.write(number, {**means, "learning_rate": float(applied), "images_per_s": rate})
-                    bar.set_postfix_str(_postfix(means, rate))
-                    if means["skipped"]:
-                        tqdm.write(
-                            f"step {number}: {means['skipped']:.0f} updates so far were not finite and not applied"
-                        )
-                    pending, clock, timed = [], time.perf_counter(), 0
-                if save:
-                    score = select.auc(embed_fn, state.ema)
-                    log.write(number, {"select_auc": score})
-                    checkpoints.save(state, experiment, about, score)
-                    tqdm.write(f"step {number}: AUC {score:.4f} on pairs of {select.people} select people")
-                    clock, timed = time.perf_counter(), 0
-            bar.close()
+            with bar, logs.open_logs(run, first, wandb=wandb, config=json.loads(config.to_json(experiment))) as log:
+                journal = _Journal(
+                    log, bar, make_watch(experiment, log.ongoing), learning_rate, skip_bad_steps, checkpoints
+                )
+                running: collections.deque[jax.Array] = collections.deque()
+                span = _Span(first + 1, finished=first)
+                for number, moved in enumerate(meshes.to_devices(host, mesh), start=first + 1):
+                    if profile and number == profile[0]:
+                        jax.profiler.start_trace(str(run / "profile"))
+                    state, measured = update(state, moved)
+                    span.metrics.append(measured)
+                    running.append(measured["loss"])
+                    if len(running) > AHEAD:
+                        running.popleft().block_until_ready()  # an update AHEAD back: the device has more to do
+                    bar.update()
+                    if profile and number == profile[1]:
+                        jax.block_until_ready(state)
+                        jax.profiler.stop_trace()
+                        tqdm.write(f"profile of updates {profile[0]} to {profile[1]}: {run / 'profile'}")
+                    if number == first + 1:
+                        jax.block_until_ready(measured)
+                        tqdm.write(f"first step done {time.perf_counter() - started:.1f} s after the command")
+                        running.clear()
+                        span.clock, span.finished = time.perf_counter(), number
+                    save = number % experiment.checkpoint.every == 0 or number == experiment.steps
+                    # A save ends a row of the log, so that a run that goes on from it writes the rows it would have
+                    # written.
+                    if number % experiment.checkpoint.log == 0 or save:
+                        journal.close(span, number, finished=number - len(running), batch=sampler.size)
+                        span = _Span(number + 1, finished=number - len(running))
+                    if save:
+                        journal.flush()
+                        running.clear()
+                        score = select.auc(embed_fn, meshes.replicated(mesh, state.ema))
+                        log.write(number, {"select_auc": score})
+                        checkpoints.save(state, experiment, about, score)
+                        tqdm.write(f"step {number}: AUC {score:.4f} on pairs of {select.people} select people")
+                        span = _Span(number + 1, finished=number)
+            compiled = update._cache_size()
+            if compiled > 1:
+                print(f"note: the update was compiled {compiled} times, once was expected: please report this.")
 
         # ---- verification of people nobody has looked at so far ----------------------------------------------------
         return evaluate.final_report(run, people_of, progress=progress)
@@ -158,21 +188,53 @@ def open_data(data: config.Data, *, size: int, seed: int, progress: bool = True)
     return sources.open_source("synthetic", people=data.people, photos=data.photos, seed=seed, size=size)
 
 
-def make_loss(loss: config.Loss, dim: int) -> tuple[steps.LossFn, Any]:
-    """A configured loss as (function of (emb, identity, params, key, axis_name), its initial parameters)."""
+def make_loss(experiment: config.Experiment) -> tuple[steps.LossFn, Any]:
+    """An experiment's loss as (see `steps.LossFn`, its initial parameters).
+
+    A triplet loss also measures, for each row of the log, the share of active triplets that other miners would find.
+    """
+    loss = experiment.loss
     match loss:
         case config.Triplet():
-            return lambda emb, identity, _, key, axis: losses.triplet_loss(
-                emb, identity, margin=loss.margin, miner=loss.miner, key=key, axis_name=axis
-            ), {}
+            return _triplet(loss, total=experiment.steps, log=experiment.checkpoint.log), {}
         case config.Contrastive():
-            return lambda emb, identity, _, __, axis: losses.contrastive_loss(
+            return lambda emb, identity, _, __, ___, axis: losses.contrastive_loss(
                 emb, identity, margin=loss.margin, axis_name=axis
             ), {}
         case config.PairLogistic():
-            return lambda emb, identity, params, _, axis: losses.pair_logistic_loss(
+            return lambda emb, identity, params, _, __, axis: losses.pair_logistic_loss(
                 emb, identity, params, axis_name=axis
-            ), losses.init_pair_logistic(dim)
+            ), losses.init_pair_logistic(experiment.encoder.dim)
+
+
+def _triplet(loss: config.Triplet, *, total: int, log: int) -> steps.LossFn:
+    last_part = total - round(loss.last_share * total)
+
+    def triplet(emb: jax.Array, identity: jax.Array, _: Any, key: jax.Array, step: jax.Array, axis: Any):
+        def mined(miner: str) -> Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+            return lambda emb: losses.triplet_loss(
+                emb, identity, margin=loss.margin, miner=miner, key=key, axis_name=axis
+            )
+
+        if loss.last_miner in (None, loss.miner):
+            value, measured = mined(loss.miner)(emb)
+        else:
+            value, measured = jax.lax.cond(step < last_part, mined(loss.miner), mined(loss.last_miner), emb)
+        share = lambda emb: diagnostics.active_by_miner(emb, identity, margin=loss.margin, axis_name=axis)  # noqa: E731
+        shares = jax.eval_shape(share, emb)
+        unknown = lambda emb: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shares)  # noqa: E731
+        # Three miners cost more than one: only for the update whose row is logged.
+        return value, {**measured, **jax.lax.cond((step + 1) % log == 0, share, unknown, jax.lax.stop_gradient(emb))}
+
+    return triplet
+
+
+def make_watch(experiment: config.Experiment, ongoing: Sequence[str] = ()) -> diagnostics.Watch:
+    """What looks out for an experiment's failures."""
+    dim = experiment.encoder.dim
+    if isinstance(loss := experiment.loss, config.Triplet):
+        return diagnostics.Watch(dim=dim, margin=loss.margin, miner=loss.miner, ongoing=ongoing)
+    return diagnostics.Watch(dim=dim, ongoing=ongoing)
 
 
 def make_views(experiment: config.Experiment) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
@@ -225,43 +287,81 @@ def progress_bar(total: int, first: int, shown: bool) -> tqdm:
     return tqdm(total=total, initial=first, unit="step", disable=not shown, smoothing=0.05, mininterval=interval)
 
 
-def _postfix(means: dict[str, float], rate: float) -> str:
-    active = f", active {means['active']:.0%}" if "active" in means else ""
-    return f"loss {means['loss']:.4f}{active}, {rate:.0f} img/s"
+@dataclasses.dataclass
+class _Span:
+    """The updates of one row of the log; their metrics are still on the device."""
+
+    first: int
+    finished: int
+    """Updates that the device was known to have finished when the clock started: it may be AHEAD behind."""
+    clock: float = dataclasses.field(default_factory=time.perf_counter)
+    metrics: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
+    last: int = 0
+    images_per_s: float = float("nan")
 
 
-def _means(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """The mean of each metric since the last log; of the count of skipped updates, the newest."""
-    values = jax.device_get(pending)
-    means = {name: float(np.mean([row[name] for row in values])) for name in values[0]}
-    return {**means, "skipped": float(values[-1]["skipped"])}
+@dataclasses.dataclass
+class _Journal:
+    """Writes rows of the log one row late: by then the device has long computed them, and nobody waits for it."""
+
+    log: logs.Logs
+    bar: tqdm
+    watch: diagnostics.Watch
+    learning_rate: Callable[[int], Any]
+    skip_bad_steps: int
+    checkpoints: checkpoint.Checkpoints
+    waiting: _Span | None = None
+
+    def close(self, span: _Span, last: int, *, finished: int, batch: int) -> None:
+        """Ends a span with the update `last`, when `finished` updates are, and writes the row of the span before."""
+        span.last = last
+        timed = finished - span.finished
+        span.images_per_s = timed * batch / (time.perf_counter() - span.clock) if timed > 0 else float("nan")
+        self.flush()
+        self.waiting = span
+
+    def flush(self) -> None:
+        """Writes the row that waits, if any.
+
+        Raises:
+          FloatingPointError: too many updates were not finite.
+        """
+        span, self.waiting = self.waiting, None
+        if span is None:
+            return
+        rows = jax.device_get(span.metrics)
+        skipped = int(rows[-1]["skipped"])
+        rate = float(self.learning_rate(span.last - 1 - skipped))
+        row = {**diagnostics.means(rows), "skipped": skipped, "learning_rate": rate, "images_per_s": span.images_per_s}
+        self.log.write(span.last, {**row, **memory()})
+        active = f", active {row['active']:.0%}" if "active" in row else ""
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}{active}, {span.images_per_s:.0f} img/s")
+        for event in self.watch.read(span.first, rows, rate):
+            self.log.event(event.step, event.kind, event.message)
+            tqdm.write(f"step {event.step}: {event.message}")
+        if skipped > self.skip_bad_steps:
+            good = self.checkpoints.latest
+            where = f"The last good checkpoint is that of step {good}." if good else "There is no checkpoint yet."
+            raise FloatingPointError(
+                f"{skipped} updates up to step {span.last} were not finite and not applied, more than --skip-bad-steps "
+                f"{self.skip_bad_steps}. {where} events.jsonl in the run directory says what was not finite. Try a lower "
+                "--schedule.learning-rate in another --run-dir, or go on from there with a larger --skip-bad-steps."
+            )
 
 
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line, each with its step.
-
-    Args:
-      path: the file.
-      first: the step that training goes on from; later lines, of an interrupted run, are dropped.
-    """
-
-    def __init__(self, path: Path, first: int) -> None:
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line cut off by a crash; its step comes again
-            if row["step"] <= first:
-                kept.append(line + "\n")
-        report.write_text(path, "".join(kept))
-        self._path = path
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line. A value that is not finite is written as null, since JSON has no NaN."""
-        row = {"step": step, **{name: value if np.isfinite(value) else None for name, value in values.items()}}
-        with open(self._path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+def memory() -> dict[str, float]:
+    """device_memory_gb, the most any local device has had in use, where its back end counts; host_memory_gb, resident now."""
+    values = {}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
+    if peaks:
+        values["device_memory_gb"] = max(peaks) / 1e9
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        values["host_memory_gb"] = pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except OSError:
+        pass  # no /proc on this system
+    return values
 
 
 def processor() -> str:
@@ -286,6 +386,7 @@ def record_environment(run: Path, mesh: Any) -> None:
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
         "processor": processor(),
+        "deterministic": "xla_gpu_deterministic_ops=true" in os.environ.get("XLA_FLAGS", ""),
     }
     path = run / "environment.json"
     before = json.loads(path.read_text()) if path.exists() else now

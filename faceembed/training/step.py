@@ -11,9 +11,10 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from faceembed import mesh as meshes
+from faceembed.training import diagnostics
 
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-"""(emb [b, d], identity [b], params, key, axis_name) → (scalar loss over all devices, scalar metrics)."""
+"""(emb [b, d], identity [b], params, key, step [], axis_name) → (scalar loss over all devices, scalar metrics)."""
 
 
 @flax.struct.dataclass
@@ -110,7 +111,7 @@ def make_train_step(
     seed: int,
     ema: float,
     mesh: Mesh,
-    state: TrainState,
+    shardings: TrainState,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles an update.
 
@@ -126,12 +127,14 @@ def make_train_step(
       seed: of every random number.
       ema: decay of the moving averages, reached as (1 + step) / (10 + step) grows past it; 0 copies.
       mesh: from `mesh.make_mesh`.
-      state: a state, or its abstract shapes, for the shardings.
+      shardings: of every leaf of the state, from `mesh.state_sharding`. They alone decide whether optimizer and averages
+        are kept whole on every device or divided over them (ZeRO stage 1, Rajbhandari et al. 2020).
 
     Returns:
       (state, batch) → (state, metrics). The state is donated: its buffers are gone after the call. `batch` holds
-      "image" uint8 [b, s, s, 3], "identity" int32 [b] and "slot" int32 [b]. An update whose loss or gradient is not
-      finite is not applied; it is counted in `state.skipped`.
+      "image" uint8 [b, s, s, 3], "identity" int32 [b] and "slot" int32 [b]. Metrics are those of the loss, "loss",
+      "skipped" and what `diagnostics.measure` adds. An update whose loss, gradient or batch statistics are not finite is
+      not applied; it is counted in `state.skipped`.
     """
     data = PartitionSpec(meshes.DATA)
 
@@ -140,24 +143,24 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
         dropout_key, loss_key = jax.random.split(key)
 
-        @jax.shard_map(mesh=mesh, in_specs=(data, data, PartitionSpec(), PartitionSpec()), out_specs=PartitionSpec())
-        def global_loss(emb: jax.Array, identity: jax.Array, params: Any, key: jax.Array):
-            return loss(emb, identity, params, key, meshes.DATA)
+        same = PartitionSpec()
+
+        @jax.shard_map(mesh=mesh, in_specs=(data, data, same, same, same), out_specs=same)
+        def global_loss(emb: jax.Array, identity: jax.Array, params: Any, key: jax.Array, step: jax.Array):
+            return loss(emb, identity, params, key, step, meshes.DATA)
 
         def objective(params: Any):
             emb, updates = encoder.apply(
                 {"params": params["encoder"], "batch_stats": state.batch_stats}, images, train=True,
                 mutable=["batch_stats"], rngs={"dropout": dropout_key},
             )  # fmt: skip
-            value, metrics = global_loss(emb, batch["identity"], params["loss"], loss_key)
-            return value, (updates.get("batch_stats", state.batch_stats), metrics)
+            value, metrics = global_loss(emb, batch["identity"], params["loss"], loss_key, state.step)
+            return value, (updates.get("batch_stats", state.batch_stats), emb, metrics)
 
-        (value, (batch_stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        norm = optax.tree.norm(grads)
-        # The statistics too: one infinite pixel leaves the loss finite on some paths and poisons the averages for ever.
+        (value, (batch_stats, emb, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(changes))
-        finite &= jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), batch_stats), finite)
+        health = diagnostics.measure(emb, value, metrics, grads, batch_stats, changes)
+        finite = health["finite"]
 
         params = optax.apply_updates(state.params, changes)
         decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step)).astype(value.dtype)
@@ -175,9 +178,8 @@ def make_train_step(
             opt_state=_choose(finite, opt_state, state.opt_state),
             ema=_choose(finite, average, state.ema),
         )
-        return new, {**metrics, "loss": value, "grad_norm": norm, "skipped": new.skipped}
+        return new, {**metrics, "loss": value, "skipped": new.skipped, **health}
 
-    shardings = meshes.state_sharding(mesh, state)
     batch_sharding = meshes.batch_sharding(mesh)
     return jax.jit(update, donate_argnums=0, in_shardings=(shardings, batch_sharding), out_shardings=(shardings, None))
 
