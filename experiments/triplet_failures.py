@@ -38,8 +38,8 @@ RUNS = {
     "starved": dataclasses.replace(
         _BASE,
         data=config.Data(people=100, photos=4),
-        batch=config.Batch(people=4, photos=2),
-        loss=config.Triplet(miner="random", margin=0.05),
+        batch=config.Batch(people=3, photos=2),
+        loss=config.Triplet(miner="random", margin=0.02),
         augment=config.Augment(flip=False, rotation=0, scale=0, shift=0, colour=0, grey=0, erase=0, degrade=0),
     ),
 }

@@ -135,7 +135,7 @@ def watch(miner="semi_hard", **options):
 
 
 def every(value, count=10, start=0):
-    return {index: value for index in range(start, count)}
+    return dict.fromkeys(range(start, count), value)
 
 
 def test_health_is_not_news():

@@ -194,10 +194,11 @@ class Watch:
                 else ""
             )
             return (
-                f"collapse: all photos get nearly one embedding. Effective rank {row['effective_rank']:.2f} of {self._dim}, "
-                f"loss {row['loss']:.4f}{margin}. Steps too long or negatives too hard at the start do this; what is "
-                f"learned from here on is rarely worth keeping. Start afresh in another --run-dir: {easier}a lower "
-                f"--schedule.learning-rate (it was {learning_rate:.2g}), a longer --schedule.warmup."
+                "collapse: all photos get nearly one embedding. "
+                f"Effective rank {row['effective_rank']:.2f} of {self._dim}, loss {row['loss']:.4f}{margin}. "
+                "Steps too long or negatives too hard at the start do this; what is learned from here on is rarely worth "
+                f"keeping. Start afresh in another --run-dir: {easier}a lower --schedule.learning-rate (it was "
+                f"{learning_rate:.2g}), a longer --schedule.warmup."
             )
         if kind == "starvation":
             if row.get("triplets") == 0:
@@ -229,10 +230,10 @@ class Watch:
         if groups:
             parts.append(f"the gradient of {', '.join(groups)}")
         return (
-            f"not finite: {' and '.join(parts) or 'the optimizer’s step'}, in {count} of {len(rows)} updates since the last "
-            "log. They were not applied: parameters, averages and optimizer are as before. If it comes again, try a lower "
-            f"--schedule.learning-rate (it was {learning_rate:.2g}), a lower --schedule.clip-norm, and --precision float32 "
-            "where it is bfloat16."
+            f"not finite: {' and '.join(parts) or 'the optimizer’s step'}, in {count} of {len(rows)} updates since the "
+            "last log. They were not applied: parameters, averages and optimizer are as before. If it comes again, try a "
+            f"lower --schedule.learning-rate (it was {learning_rate:.2g}), a lower --schedule.clip-norm, and --precision "
+            "float32 where it is bfloat16."
         )
 
 

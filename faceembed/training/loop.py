@@ -135,7 +135,9 @@ def train(
                 memory_limit_bytes=experiment.data.memory_gb * 1e9, progress=progress,
             ) if first < experiment.steps else iter(())  # fmt: skip
             bar = progress_bar(experiment.steps, first, progress)
-            with bar, logs.open_logs(run, first, wandb=wandb, config=json.loads(config.to_json(experiment))) as log:
+            plain = json.loads(config.to_json(experiment))
+            writes = jax.process_index() == 0
+            with bar, logs.open_logs(run, first, wandb=wandb, config=plain, writes=writes) as log:
                 journal = _Journal(
                     log, bar, make_watch(experiment, log.ongoing), learning_rate, skip_bad_steps, checkpoints
                 )
@@ -149,16 +151,17 @@ def train(
                     running.append(measured["loss"])
                     if len(running) > AHEAD:
                         running.popleft().block_until_ready()  # an update AHEAD back: the device has more to do
+                    if number == first + 1:
+                        jax.block_until_ready(measured)
+                        tqdm.write(f"first step done {time.perf_counter() - started:.1f} s after the command")
+                        running.clear()
+                        bar.unpause()  # or the time to compile would be in the time left
+                        span.clock, span.finished = time.perf_counter(), number
                     bar.update()
                     if profile and number == profile[1]:
                         jax.block_until_ready(state)
                         jax.profiler.stop_trace()
                         tqdm.write(f"profile of updates {profile[0]} to {profile[1]}: {run / 'profile'}")
-                    if number == first + 1:
-                        jax.block_until_ready(measured)
-                        tqdm.write(f"first step done {time.perf_counter() - started:.1f} s after the command")
-                        running.clear()
-                        span.clock, span.finished = time.perf_counter(), number
                     save = number % experiment.checkpoint.every == 0 or number == experiment.steps
                     # A save ends a row of the log, so that a run that goes on from it writes the rows it would have
                     # written.
@@ -173,9 +176,6 @@ def train(
                         checkpoints.save(state, experiment, about, score)
                         tqdm.write(f"step {number}: AUC {score:.4f} on pairs of {select.people} select people")
                         span = _Span(number + 1, finished=number)
-            compiled = update._cache_size()
-            if compiled > 1:
-                print(f"note: the update was compiled {compiled} times, once was expected: please report this.")
 
         # ---- verification of people nobody has looked at so far ----------------------------------------------------
         return evaluate.final_report(run, people_of, progress=progress)
@@ -350,7 +350,7 @@ class _Journal:
 
 
 def memory() -> dict[str, float]:
-    """device_memory_gb, the most any local device has had in use, where its back end counts; host_memory_gb, resident now."""
+    """device_memory_gb: the most a local device has had in use, where its back end counts. host_memory_gb: resident now."""
     values = {}
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
