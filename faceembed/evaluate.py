@@ -2,16 +2,21 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from faceembed import checkpoint, embed, metrics, report
+from faceembed import checkpoint, embed, metrics, page, report
 from faceembed.data import pairs as pair_lists
 from faceembed.data import pipeline, sources, splits
 from faceembed.verification import HEADS, EmbeddedPairs, HeadResult, Results, compare
+
+SHOWN = 12
+"""Of the hardest genuine pairs, and of the hardest impostor pairs, as many are in a report."""
 
 
 def split_photos(photos: sources.Photos) -> dict[str, sources.Photos]:
@@ -101,10 +106,134 @@ def _operating_points(result: HeadResult) -> list[dict[str, Any]]:
     return points
 
 
-def final_report(run: Path, people_of: dict[str, sources.Photos], *, progress: bool = True) -> dict[str, Any]:
+def hardest(
+    margin: np.ndarray, same: np.ndarray, people_a: np.ndarray, people_b: np.ndarray, *, most: int = SHOWN
+) -> np.ndarray:
+    """Pairs furthest on the wrong side of their threshold, or nearest to it, so varied that nobody comes twice.
+
+    Args:
+      margin: [n] score minus threshold.
+      same: [n] bool.
+      people_a, people_b: [n] ids.
+      most: pairs of each kind.
+
+    Returns:
+      [m] int: genuine pairs from the lowest margin up, then impostor pairs from the highest down; in each kind a person
+      is in one pair at most.
+    """
+    chosen: list[int] = []
+    for genuine in (True, False):
+        order = np.argsort(margin if genuine else -margin, kind="stable")
+        seen: set[Any] = set()
+        kept: list[int] = []
+        for i in order[same[order] == genuine]:
+            people = {people_a[i], people_b[i]}
+            if len(kept) < most and not seen & people:
+                kept.append(int(i))
+                seen |= people
+        chosen += kept
+    return np.array(chosen, np.int64)
+
+
+def hardest_pairs(
+    result: HeadResult, pairs: pair_lists.Pairs, photos: sources.Photos, *, size: int, progress: bool = True
+) -> list[page.Pair]:
+    """The pairs that a head finds hardest, with their crops, which are read again: no others are kept in memory.
+
+    Args:
+      result: of these pairs, in their order.
+      pairs, photos: what was compared.
+      size: side of the crops, pixels.
+      progress: show a bar.
+    """
+    first, second = pair_lists.resolve(pairs, photos)
+    who = photos.people[photos.identity]
+    chosen = hardest(result.scores - result.cuts, pairs.same, who[first], who[second])
+    sides = first[chosen], second[chosen]
+    used = np.unique(np.concatenate(sides))
+    mask = np.zeros(len(photos), bool)
+    mask[used] = True
+    crops = pipeline.decode_all(sources.select(photos, mask), size, progress=progress)
+    crop_a, crop_b = (crops[np.searchsorted(used, side)] for side in sides)
+    return [
+        page.Pair(
+            same=bool(pairs.same[i]),
+            accepted=bool(result.scores[i] >= result.cuts[i]),
+            score=float(result.scores[i]),
+            crops=(crop_a[at], crop_b[at]),
+            people=(str(who[first[i]]), str(who[second[i]])),
+            photos=(str(pairs.key_a[i]), str(pairs.key_b[i])),
+        )
+        for at, i in enumerate(chosen)
+    ]
+
+
+def make_page(
+    embedder: embed.Embedder,
+    results: Results,
+    pairs: pair_lists.Pairs,
+    photos: sources.Photos,
+    *,
+    title: str,
+    tested: str,
+    commands: Mapping[str, str],
+    run: Path | None = None,
+    progress: bool = True,
+) -> page.Page:
+    """What `report.html` shows of a verification.
+
+    Args:
+      embedder: what was tested.
+      results: of these pairs, in their order.
+      pairs, photos: what was compared.
+      title, tested, commands: see `page.Page`.
+      run: the run directory whose training curves, events and versions are shown, too.
+      progress: show a bar.
+    """
+    trained = {
+        name: embedder.data.get(name) for name in ("source", "people", "photos", "problems", "step", "fingerprint")
+    }
+    facts: dict[str, dict[str, Any]] = {
+        "Trained on": trained,
+        "Tested on": {"source": photos.source, "photos": len(photos), "fingerprint": photos.fingerprint},
+    }
+    environment = run / "environment.json" if run else None
+    if environment and environment.exists():
+        facts["Versions and processor"] = json.loads(environment.read_text())
+    hard = results[page.headline(results)]
+    return page.Page(
+        title=title,
+        tested=tested,
+        results=results.to_dict(),
+        scores={name: result.scores for name, result in results.heads.items()},
+        same=pairs.same,
+        hardest=hardest_pairs(hard, pairs, photos, size=embedder.size, progress=progress),
+        rows=_json_lines(run / "metrics.jsonl") if run else (),
+        events=_json_lines(run / "events.jsonl") if run else (),
+        settings=page.settings(embedder.config),
+        facts=facts,
+        commands=commands,
+    )
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a log; none where a run of an older version has no such file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def final_report(
+    run: Path, people_of: dict[str, sources.Photos], *, progress: bool = True, command: str | None = None
+) -> dict[str, Any]:
     """Verification of report people by the best checkpoint, heads fitted on calibrate people; prints the table.
 
-    Writes `results.json` and `policy.json` (the heads, bound to the parameters' fingerprint) into the run directory.
+    Writes `results.json`, `policy.json` (the heads, bound to the parameters' fingerprint) and `report.html` into the run
+    directory.
+
+    Args:
+      run: the run directory.
+      people_of: photos of the people of each part, as `split_photos` gives them.
+      progress: show progress bars.
+      command: what was typed to train, for the report.
 
     Returns:
       What `results.json` holds.
@@ -124,4 +253,19 @@ def final_report(run: Path, people_of: dict[str, sources.Photos], *, progress: b
         "operating_points": {name: _operating_points(result) for name, result in results.heads.items()},
     }
     report.write_json(run / "policy.json", policy)
+    photos = people_of["report"]
+    again = ["python", "launch.py", "verify", str(run), "--pairs", f"heldout:{photos.source}"]
+    if embedder.config.data.data_dir:
+        again += ["--data-dir", embedder.config.data.data_dir]
+    commands = {"Train again": command} if command else {}
+    commands["Verify again"] = shlex.join(again)
+    shown = make_page(
+        embedder, results, listed["report"], photos, title=run.name or str(run), commands=commands, run=run,
+        progress=progress,
+        tested=f"{len(photos.people)} people of {photos.source} who were set aside: neither the training, nor the choice "
+        f"of the checkpoint (step {embedder.path.name} of {embedder.config.steps}), nor a head or threshold has seen them. "
+        f"Heads were fitted on {len(people_of['calibrate'].people)} others.",
+    )  # fmt: skip
+    page.write_page(run / "report.html", shown)
+    print(f"report: {run / 'report.html'}")
     return content

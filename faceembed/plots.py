@@ -11,11 +11,12 @@ import html
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["STYLE", "Line", "Mark", "grid", "histogram", "lines"]
+__all__ = ["STYLE", "Line", "Mark", "escape", "grid", "histogram", "lines"]
 
 Floats = NDArray[np.float64]
 
@@ -174,7 +175,7 @@ def histogram(samples: Mapping[str, ArrayLike], *, title: str, x_label: str = ""
       ValueError: no sample has a finite value.
 
     >>> svg = histogram({"genuine": [2.0, 3.0], "impostor": [0.0, 1.0]}, title="Scores")
-    >>> svg.count("fe-band")
+    >>> svg.count('class="fe-band')
     2
     """
     values = {name: np.asarray(sample, np.float64).ravel() for name, sample in samples.items()}
@@ -226,6 +227,15 @@ def grid(plots: Sequence[str], columns: int = 2) -> str:
         y += max(sizes[i][1] for i in row)
     names = "; ".join(re.findall(r'aria-label="([^"]*)"', "".join(plots)))
     return _document(across, y, names, "".join(body))
+
+
+def escape(text: Any) -> str:
+    """Any text, for HTML and SVG. What they cannot hold (control codes, halves of characters) becomes U+FFFD.
+
+    >>> escape("a < b & c")
+    'a &lt; b &amp; c'
+    """
+    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(text)))
 
 
 # ---- axes --------------------------------------------------------------------------------------------------------------
@@ -382,7 +392,7 @@ class _Frame:
     def words(self, x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
         attributes = f' class="{kind}"' if kind else ""
         attributes += f' text-anchor="{anchor}"' if anchor != "start" else ""
-        return f'<text x="{_p(x)}" y="{_p(y)}"{attributes}>{html.escape(text)}</text>'
+        return f'<text x="{_p(x)}" y="{_p(y)}"{attributes}>{escape(text)}</text>'
 
     def marks(self, marks: Sequence[Mark]) -> list[str]:
         parts = []
@@ -421,7 +431,7 @@ class _Frame:
             parts.append(self.words(min(x, WIDTH - half - 2), self.bottom + 17, _label(tick), "middle"))
         if self._x_label:
             parts.append(self.words(self.right, HEIGHT - 8, self._x_label, "end"))
-        return _document(WIDTH, HEIGHT, html.escape(self._title), "".join([*parts, *body, ground]))
+        return _document(WIDTH, HEIGHT, escape(self._title), "".join([*parts, *body, ground]))
 
 
 def _document(width: int, height: int, escaped_name: str, body: str) -> str:
@@ -442,7 +452,7 @@ def _legend(keys: Sequence[tuple[int, str]]) -> tuple[str, int]:
         y = 37 + 16 * row
         colour = f"fe-c{i % (2 * len(_LIGHT))}"
         parts.append(f'<path class="fe-line fe-swatch {colour}" d="M{_p(x + 1)} {y - 4}h11"/>')
-        parts.append(f'<text class="fe-key" x="{_p(x + 18)}" y="{y}">{html.escape(name)}</text>')
+        parts.append(f'<text class="fe-key" x="{_p(x + 18)}" y="{y}">{escape(name)}</text>')
         x += wide
     return "".join(parts), row + 1 if keys else 0
 

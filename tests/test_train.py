@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,14 @@ def metrics_of(run):
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 
+def page_of(run):
+    """report.html without what depends on time, memory and place."""
+    text = (run / "report.html").read_text()
+    text = re.sub(r'<figure id="figure-(images-per-s|memory)".*?</figure>', "", text, flags=re.DOTALL)
+    text = re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL)  # commands, which name the folder
+    return text.replace(str(run), "RUN").replace(run.name, "NAME")
+
+
 def test_a_run_learns_and_leaves_what_it_promises(whole):
     run, printed = whole
     rows = metrics_of(run)
@@ -103,6 +112,9 @@ def test_a_run_learns_and_leaves_what_it_promises(whole):
     # Tested people were in no training pair, of the encoder or of a head.
     assert results["warnings"] == []
     assert "report people" in printed
+    assert f"report: {run / 'report.html'}" in printed
+    assert (run / "events.jsonl").exists()
+    assert list((run / "tensorboard").iterdir())
 
 
 def test_a_run_compiles_its_update_once(whole):
@@ -163,7 +175,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(whole, tmp_path
     for name, array in expected.items():
         np.testing.assert_array_equal(got[name], array, err_msg=name)
     assert sum("opt_state" in name for name in expected) > 10
-    # The log reads as if nothing had happened, and so does the table.
+    # The log reads as if nothing had happened, and so do the table and the page, but for clocks and paths.
+    assert page_of(run) == page_of(whole[0])
     assert metrics_of(run) == metrics_of(whole[0])
     first, second = (json.loads((folder / "results.json").read_text())["results"] for folder in (whole[0], run))
     assert first == second
@@ -368,6 +381,7 @@ def test_verify_and_embed_by_command(whole, tmp_path):
     (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
     told = launch("verify", str(whole[0]), "--pairs", f"csv:{tmp_path / 'pairs.csv'}", "--out", str(tmp_path / "out"),
                   "--no-progress", *data_dir)  # fmt: skip
+    assert "csv:" in (tmp_path / "out" / "report.html").read_text()
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     # The same figures from the saved embeddings, through the library.
     import faceembed as fe

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -67,7 +68,7 @@ def run(arguments: list[str]) -> None:
     results = loop.train(
         options.experiment, options.run_dir, devices=options.devices, shard_optimizer=options.shard_optimizer,
         skip_bad_steps=options.skip_bad_steps, profile=profile, wandb=options.wandb, progress=options.progress,
-        started=started,
+        command=shlex.join(["python", "launch.py", "train", *arguments]), started=started,
     )  # fmt: skip
     if options.json:
         from faceembed import report

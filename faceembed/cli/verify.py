@@ -1,6 +1,7 @@
 """`launch.py verify CHECKPOINT --pairs PAIRS`: heads against the threshold, fitted on one list and tested on another."""
 
 import dataclasses
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +28,7 @@ class Options:
     heads: tuple[str, ...] = ("threshold", "logistic_distance", "logistic_abs")
     """Which heads."""
     out: Path | None = None
-    """Folder for results.json; made when missing."""
+    """Folder for results.json and report.html, a page with plots and the hardest pairs; made when missing."""
     data_dir: Path | None = None
     """Where prepared sets are kept; $FACEEMBED_DATA or ~/.cache/faceembed/data when not given."""
     json: Path | None = None
@@ -79,7 +80,7 @@ def run(arguments: list[str]) -> None:
 
     started = time.perf_counter()
     embedder = embedder or load(options.checkpoint)
-    from faceembed import evaluate
+    from faceembed import evaluate, page
 
     if options.pairs == "lfw:view2" and embedder.data.get("source") == "lfw":
         raise ValueError(
@@ -115,6 +116,14 @@ def run(arguments: list[str]) -> None:
     for target in targets:
         report.write_json(target, content)
         print(f"written: {target}")
+    if options.out:
+        shown = evaluate.make_page(
+            embedder, results, test_pairs, test_photos, title=options.pairs, progress=options.progress,
+            tested=f"The checkpoint {embedder.path}; heads fitted on {fit_spec or 'the other folds'}.",
+            commands={"Verify again": shlex.join(["python", "launch.py", "verify", *arguments])},
+        )  # fmt: skip
+        page.write_page(options.out / "report.html", shown)
+        print(f"report: {options.out / 'report.html'}")
 
 
 def _usual_fit(pairs: str) -> str | None:

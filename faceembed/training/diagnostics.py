@@ -71,9 +71,8 @@ def active_by_miner(emb: Array, identity: Array, *, margin: float, axis_name: An
     Where `semi_hard` finds none, `active_hardest` says whether a harder miner still would; `active_all` is the share
     of all triplets. Arguments as in `losses.triplet_loss`.
     """
-    fixed = lax.stop_gradient(emb)
     return {
-        f"active_{miner}": losses.triplet_loss(fixed, identity, margin=margin, miner=miner, axis_name=axis_name)[1][
+        f"active_{miner}": losses.triplet_loss(emb, identity, margin=margin, miner=miner, axis_name=axis_name)[1][
             "active"
         ]
         for miner in ("hardest", "semi_hard", "all")

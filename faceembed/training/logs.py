@@ -100,7 +100,7 @@ def open_logs(
     """
     if not writes:
         return Logs([])
-    package = _import_wandb() if wandb else None
+    package = import_wandb() if wandb else None
     lines = _Lines(run, first_step)
     sinks: list[_Sink] = [lines, _TensorBoard(run / "tensorboard", first_step)]
     logs = Logs(sinks, lines.ongoing())
@@ -173,7 +173,10 @@ class _TensorBoard:
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         folder.mkdir(parents=True, exist_ok=True)
         # Also at the start: a command that died before its first checkpoint may have left values behind.
-        self._writer = SummaryWriter(str(folder), purge_step=first + 1, flush_secs=FLUSH_SECONDS)
+        # Files are named by the second, and one that goes on within the same second would overwrite the other.
+        self._writer = SummaryWriter(
+            str(folder), purge_step=first + 1, flush_secs=FLUSH_SECONDS, filename_suffix=f".{first}"
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -211,7 +214,12 @@ class _Wandb:
         self._run.finish(exit_code=int(failed))
 
 
-def _import_wandb() -> Any:
+def import_wandb() -> Any:
+    """The package wandb.
+
+    Raises:
+      ImportError: it is not installed; the message says how to get it.
+    """
     try:
         import wandb
     except ImportError as error:

@@ -38,6 +38,7 @@ def train(
     skip_bad_steps: int = 20,
     profile: tuple[int, int] | None = None,
     wandb: str | None = None,
+    command: str | None = None,
     progress: bool = True,
     started: float | None = None,
 ) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def train(
       skip_bad_steps: more updates than this that are not finite end the run with an error.
       profile: (first, last) update to trace with JAX's profiler, into RUN/profile.
       wandb: project on Weights & Biases to log to, too.
+      command: what was typed, for the report.
       progress: show progress bars.
       started: `time.perf_counter()` when the command was given, for the time to the first step; now when not given.
 
@@ -63,6 +65,8 @@ def train(
       BlockingIOError: another process trains in the run directory.
     """
     started = time.perf_counter() if started is None else started
+    if wandb:
+        logs.import_wandb()  # what is missing is told before an hour of reading photos
     if experiment.precision == "float64":
         jax.config.update("jax_enable_x64", True)
     pre, batch, schedule = experiment.preprocess, experiment.batch, experiment.schedule
@@ -178,7 +182,7 @@ def train(
                         span = _Span(number + 1, finished=number)
 
         # ---- verification of people nobody has looked at so far ----------------------------------------------------
-        return evaluate.final_report(run, people_of, progress=progress)
+        return evaluate.final_report(run, people_of, progress=progress, command=command)
 
 
 def open_data(data: config.Data, *, size: int, seed: int, progress: bool = True) -> sources.Photos:

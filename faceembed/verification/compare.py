@@ -43,6 +43,7 @@ class HeadResult:
       fold_accuracy: [folds], or one number.
       fitted: the fitted heads, one for each fold, or one.
       scores: [n] float64 of the tested pairs in the order given, higher = same person.
+      cuts: [n] float64, the threshold that decided each of them.
     """
 
     name: str
@@ -57,10 +58,11 @@ class HeadResult:
     fold_accuracy: tuple[float, ...]
     fitted: tuple[Head, ...]
     scores: Floats = dataclasses.field(repr=False)
+    cuts: Floats = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON's types; everything but the scores. Each operating point carries its resolution."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "scores"}
+        """JSON's types; everything but scores and cuts. Each operating point carries its resolution."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("scores", "cuts")}
         fields["tar"] = [
             dataclasses.asdict(point) | {"resolution": point.resolution.status, "needs": point.resolution.needs}
             for point in self.tar.values()
@@ -313,6 +315,7 @@ def _result(
         fold_accuracy=by_fold,
         fitted=tuple(fitted),
         scores=scores,
+        cuts=cut,
     )
 
 
