@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import sys
 import types
 import typing
@@ -103,6 +104,16 @@ def test_every_kind_of_trouble_is_told_and_nothing_else_is_lost(album, tmp_path)
     }  # fmt: skip
     for index in range(len(photos)):
         assert photos.read(index).dtype == np.uint8
+
+
+def test_names_that_are_no_text_are_told_and_left_out(album, tmp_path):
+    spoilt = os.fsencode(album / "anna") + b"/\xff\xfe.png"
+    with open(spoilt, "wb") as file:
+        file.write((album / "anna" / "0.png").read_bytes())
+    photos = sources.open_source(f"folder:{album}", data_dir=tmp_path / "data", progress=False)
+    (told,) = [problem for problem in photos.problems if "no UTF-8" in problem.reason]
+    assert told.path.endswith("\\udcff\\udcfe.png")
+    assert "anna/0" in photos.keys
 
 
 def test_trouble_is_printed_a_line_a_kind(album, tmp_path):

@@ -299,6 +299,11 @@ def _folder(source: str, data_dir: Path, *, progress: bool = True) -> Photos:
             # `rglob` does not go into linked folders: they could lead in a circle.
             reason = "link to a folder: left out" if link.is_dir() else f"broken link: left out, no {link.readlink()}"
             problems.append(Problem(path=str(link), reason=reason))
+        unreadable = [file for file in found if not _is_text(file)]
+        for file in unreadable:
+            shown = str(file).encode(errors="backslashreplace").decode()
+            problems.append(Problem(path=shown, reason="its name is no UTF-8 text: left out, rename it"))
+        found = [file for file in found if file not in unreadable]
         images = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
         others = sorted(set(found) - set(images))
         problems += [Problem(path=str(file), reason="not an image by its name: left out") for file in others]
@@ -365,6 +370,15 @@ def _folder(source: str, data_dir: Path, *, progress: bool = True) -> Photos:
         problems=tuple(problems + lonely(identity, people, f"{root}/")),
         fingerprint=fingerprint_of(sorted_keys, people, content),
     )
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a path can be printed, hashed and stored: bytes that are no UTF-8 become lone surrogates in Python."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_files(files: list[Path], cache: Path, progress: bool) -> list[tuple[str, str | None]]:
