@@ -8,13 +8,13 @@ with an empty and with a filled compilation cache (bar with a filled one: 30 s).
 
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
-import psutil
+from experiments.benchmarks import harness
 
 ANSWERS = {
     "launch.py --help": ("--help",),
@@ -22,6 +22,8 @@ ANSWERS = {
     "a mistyped flag": ("train", "quickstart", "--bacth.people", "3"),
     "a bad value": ("train", "quickstart", "--batch.photos", "1"),
 }
+FIRST_STEPS = {"first step, empty cache": None, "first step, filled cache": 30.0}
+"""what -> bar, seconds."""
 
 
 def seconds(arguments: tuple[str, ...], environment: dict[str, str]) -> tuple[float, str]:
@@ -31,26 +33,26 @@ def seconds(arguments: tuple[str, ...], environment: dict[str, str]) -> tuple[fl
     return time.perf_counter() - began, done.stdout + done.stderr
 
 
-def main(repeats: int = 7) -> dict[str, float]:
-    """Prints a table and returns {what: seconds}."""
-    print(f"{psutil.cpu_count()} processors, load {psutil.getloadavg()[0]:.1f}; medians of {repeats}")
-    results = {}
+def run(*, quick: bool = False) -> list[dict[str, Any]]:
+    """A row a command, with the seconds until its answer."""
+    rows: list[dict[str, Any]] = []
     for what, arguments in ANSWERS.items():
-        times = [seconds(arguments, dict(os.environ))[0] for _ in range(repeats)]
-        results[what] = statistics.median(times)
-        print(f"{what:36} {results[what]:7.2f} s  ({min(times):.2f} … {max(times):.2f})")
+        times = [seconds(arguments, dict(os.environ))[0] for _ in range(2 if quick else 7)]
+        low, middle, high = harness.summary(times)
+        rows.append({"command": what, "seconds": middle, "q10": low, "q90": high, "bar": 1.0})
+    if quick:
+        return rows
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
-        for what in ("first step, empty cache", "first step, filled cache"):
-            run = f"{folder}/{what[-12:-6]}"
-            told = seconds(("train", "quickstart", "--steps", "1", "--run-dir", run, "--no-progress"), environment)[1]
+        for number, (what, bar) in enumerate(FIRST_STEPS.items()):
+            command = ("train", "quickstart", "--steps", "1", "--run-dir", f"{folder}/{number}", "--no-progress")
+            told = seconds(command, environment)[1]
             found = re.search(r"first step done ([\d.]+) s", told)
             if not found:
                 raise RuntimeError(f"quickstart made no step:\n{told}")
-            results[what] = float(found.group(1))
-            print(f"{what:36} {results[what]:7.2f} s")
-    return results
+            rows.append({"command": what, "seconds": float(found.group(1)), "bar": bar})
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(run)

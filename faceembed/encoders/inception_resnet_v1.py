@@ -90,10 +90,10 @@ def _branches(
     ends = []
     for number, branch in enumerate(branches):
         y = x
-        for place, (features, *window) in enumerate(branch):
+        for place, (features, height, width) in enumerate(branch):
             strides, padding = (2, "VALID") if halve and place == len(branch) - 1 else (1, "SAME")
             name = f"branch{number}" if len(branch) == 1 else f"branch{number}_{place}"
-            y = _Conv(features, tuple(window), strides, padding, dtype, axis_name, name=name)(y, train=train)
+            y = _Conv(features, (height, width), strides, padding, dtype, axis_name, name=name)(y, train=train)
         ends.append(y)
     return ends
 
@@ -187,7 +187,9 @@ class InceptionResNetV1(nn.Module):
         def conv(name: str, features: int, window: int, strides: int, padding: str) -> _Conv:
             return _Conv(features, (window, window), strides, padding, self.dtype, self.axis_name, name=name)
 
-        def residual(x: jax.Array, name: str, branches: tuple[_Branch, ...], scale: float, relu: bool = True) -> jax.Array:
+        def residual(
+            x: jax.Array, name: str, branches: tuple[_Branch, ...], scale: float, relu: bool = True
+        ) -> jax.Array:
             return _Residual(branches, scale, relu, self.dtype, self.axis_name, name=name)(x, train=train)
 
         x = conv("conv2d_1a", 32, 3, 2, "VALID")(images, train=train)
@@ -210,8 +212,8 @@ class InceptionResNetV1(nn.Module):
         x = jnp.mean(x.astype(layers.wide(self.dtype)), axis=(1, 2))
         features = nn.relu(x)
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        y = nn.Dense(
-            self.dim, use_bias=False, dtype=jnp.dtype(self.dtype), kernel_init=_kernel_init, name="embedding"
-        )(x)
+        y = nn.Dense(self.dim, use_bias=False, dtype=jnp.dtype(self.dtype), kernel_init=_kernel_init, name="embedding")(
+            x
+        )
         y = _batch_norm(name="embedding_bn", train=train, dtype=layers.wide(self.dtype), axis_name=self.axis_name)(y)
         return features, layers.unit_length(y)

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 
 from faceembed.encoders import layers
 
-# Table 1: (expanded channels, output channels, strides of the first, number of bottlenecks). `expanded` is the paper's
-# expansion factor t times the input's channels.
-_BOTTLENECKS = ((128, 64, 2, 5), (256, 128, 2, 1), (256, 128, 1, 6), (512, 128, 2, 1), (256, 128, 1, 2))
+# Table 1: (expanded channels, output channels, strides of the first bottleneck). `expanded` is the paper's expansion
+# factor t times the input's channels.
+_BOTTLENECKS = ((128, 64, 2), (256, 128, 2), (256, 128, 1), (512, 128, 2), (256, 128, 1))
 
 
 class _Bottleneck(nn.Module):
@@ -47,11 +47,13 @@ class MobileFaceNet(nn.Module):
 
     Attributes:
       dim: d, the length of an embedding.
+      blocks: bottlenecks in each of the five rows of table 1.
       dtype: compute dtype, "float32", "bfloat16" (parameters, statistics and embeddings stay float32) or "float64".
       axis_name: mesh axis for batch statistics inside `shard_map` or `pmap`; None under `jit`.
     """
 
     dim: int = 128
+    blocks: tuple[int, int, int, int, int] = (5, 1, 6, 1, 2)
     dtype: layers.Dtype = "float32"
     axis_name: str | None = None
 
@@ -87,7 +89,8 @@ class MobileFaceNet(nn.Module):
         x = layers.PReLU(name="stem_prelu")(norm("stem_bn", self.dtype)(x))
         x = layers.DepthwiseConv(1, self.dtype, name="stem_depthwise")(x)
         x = layers.PReLU(name="stem_depthwise_prelu")(norm("stem_depthwise_bn", self.dtype)(x))
-        for stage, (expanded, features, strides, count) in enumerate(_BOTTLENECKS, start=1):
+        rows = zip(_BOTTLENECKS, self.blocks, strict=True)
+        for stage, ((expanded, features, strides), count) in enumerate(rows, start=1):
             for block in range(1, count + 1):
                 first = strides if block == 1 else 1
                 residual = first == 1 and x.shape[-1] == features
