@@ -72,6 +72,36 @@ def test_names_agree_with_the_registries():
 
 
 @pytest.mark.parametrize(
+    "encoder",
+    [
+        config.ConvNet(widths=(4, 8), blocks=(1, 2), dim=7),
+        config.MobileFaceNet(dim=7),
+        config.IResNet(depth=18, dropout=0.4, dim=7),
+        config.InceptionResNetV1(dropout=0.2, dim=7),
+        config.ViT(patch=4, width=24, depth=2, heads=3, drop_path=0.3, dim=7),
+    ],
+)
+def test_an_encoder_is_built_with_every_value_of_its_config(encoder):
+    from faceembed.embed import build_encoder
+
+    module = build_encoder(Experiment(encoder=encoder, precision="bfloat16"))
+    values = dataclasses.asdict(encoder)
+    if isinstance(encoder, config.IResNet):
+        del values["depth"]
+        assert module.blocks == (2, 2, 2, 2)
+    assert {name: getattr(module, name) for name in values} == values
+    assert module.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", CHOICES["encoder"])
+def test_an_encoder_has_one_set_of_defaults(name):
+    from faceembed.embed import build_encoder
+    from faceembed.encoders import make_encoder
+
+    assert build_encoder(Experiment(encoder=CHOICES["encoder"][name])) == make_encoder(name)
+
+
+@pytest.mark.parametrize(
     ("build", "flag"),
     [
         (lambda: Experiment(steps=0), "--steps"),
@@ -96,6 +126,11 @@ def test_names_agree_with_the_registries():
         (lambda: config.Triplet(margin=float("inf")), "--loss.margin"),
         (lambda: config.ConvNet(dim=0), "--encoder.dim"),
         (lambda: config.IResNet(dim=-1), "--encoder.dim"),
+        (lambda: config.IResNet(dropout=1.0), "--encoder.dropout"),
+        (lambda: config.InceptionResNetV1(dropout=float("nan")), "--encoder.dropout"),
+        (lambda: config.ViT(drop_path=-0.1), "--encoder.drop-path"),
+        (lambda: config.ViT(patch=0), "--encoder.patch 8"),
+        (lambda: config.ViT(width=100), "--encoder.width 96"),
         (lambda: config.ConvNet(widths=(4, 8)), "--encoder.blocks"),
     ],
 )

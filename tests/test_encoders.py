@@ -376,7 +376,7 @@ def test_vit_equals_the_loops():
     shapes = jax.eval_shape(functools.partial(encoder.init, train=False), jax.random.key(0), images)
     rng = np.random.default_rng(3)
     # Large enough for some hidden units to pass the 6 of ReLU6.
-    variables = jax.tree.map(lambda leaf: rng.uniform(0.1, 1.0, leaf.shape) * rng.choice([-1, 1], leaf.shape), shapes)
+    variables = jax.tree.map(lambda leaf: rng.uniform(0.5, 2.0, leaf.shape) * rng.choice([-1, 1], leaf.shape), shapes)
     variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
     variables = jax.tree.map(np.float32, variables)
     embeddings = jit(encoder.apply)(variables, images)
@@ -419,13 +419,12 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-@pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_in_bfloat16_products_read_bfloat16_and_sums_roots_and_exponentials_float32(name, train):
+def test_in_bfloat16_products_read_bfloat16_and_sums_roots_and_exponentials_float32(name):
     encoder, images = small(name, dtype="bfloat16"), random_images(2, name)
     variables = jax.eval_shape(functools.partial(encoder.init, train=False), jax.random.key(0), images)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
-    apply = functools.partial(encoder.apply, train=train, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
+    apply = functools.partial(encoder.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
     program = list(equations(jax.make_jaxpr(apply)(variables, images).jaxpr))
 
     def operands(*primitives):
@@ -438,14 +437,14 @@ def test_in_bfloat16_products_read_bfloat16_and_sums_roots_and_exponentials_floa
     assert "float32" in wide
 
 
-# Twice what was measured: 1 - cosine to float32 of the worst embedding, and of the gradient of a batch of eight.
+# About twice what was measured: 1 - cosine to float32 of the worst embedding, and of the gradient of a batch of eight.
 DRIFT = {
-    "convnet": (1e-4, 1e-2),
-    "mobilefacenet": (1e-4, 6e-2),
-    "iresnet": (1e-4, 4e-3),
+    "convnet": (1e-4, 1.5e-3),
+    "mobilefacenet": (1e-4, 1.5e-2),
+    "iresnet": (1e-4, 1e-3),
     # At 75 px its last map has one place, so that its batch norms divide by the spread of eight numbers.
     "inception_resnet_v1": (1e-4, 2e-1),
-    "vit": (1e-4, 2e-3),
+    "vit": (1e-4, 1.5e-3),
 }
 
 
@@ -629,8 +628,9 @@ def test_unknown_names_and_options_say_what_to_type():
         make_encoder("mobilefacenet", widths=(8, 8))
     with pytest.raises(ValueError, match=r"2 widths .* 1 counts of blocks"):
         make_encoder("convnet", widths=(8, 8), blocks=(1,)).init(jax.random.key(0), random_images(1))
-    with pytest.raises(ValueError, match=r"patches of 8 do not divide.*--preprocess.size 64"):
-        make_encoder("vit").init(jax.random.key(0), np.zeros((1, 60, 60, 3), np.float32))
+    for height, width in ((60, 64), (64, 60)):
+        with pytest.raises(ValueError, match=r"patches of 8 do not divide.*--preprocess.size 64"):
+            make_encoder("vit").init(jax.random.key(0), np.zeros((1, height, width, 3), np.float32))
     with pytest.raises(ValueError, match=r"10 heads do not divide"):
         make_encoder("vit", heads=10).init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
     with pytest.raises(ValueError, match=r"74×74 px.*at least 75.*--preprocess.size 160"):

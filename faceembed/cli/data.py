@@ -1,6 +1,10 @@
-"""`launch.py data prepare NAME` and `launch.py data info NAME`: build a set of photos once; what is in one."""
+"""`launch.py data prepare NAME`, `data info NAME` and `data preview NAME`: build a set of photos once; what is in one;
+look at it."""
 
 import dataclasses
+import io
+import os
+import secrets
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
+from PIL import Image, ImageDraw, ImageFont
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,12 +49,42 @@ class Info:
     """File for the machine-readable report."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preview:
+    """Draws a contact sheet: a person a row, every photo cropped as the encoder sees it."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """celeba | lfw | synthetic | folder:PATH."""
+    people: int = 8
+    """Rows."""
+    photos: int = 8
+    """Photos of each person, drawn by the seed where there are more."""
+    size: int = 96
+    """Side of a photo, in pixels; the encoder's own is preprocess.size."""
+    out: Path = Path("preview.png")
+    """The picture to write: .png, .jpg or .webp."""
+    choose: Literal["random", "most"] = "random"
+    """random: people drawn by the seed among those with at least --photos photos, filled up with whoever has most.
+    most: the people with the most photos."""
+    seed: int = 0
+    """Of the draw; for synthetic, the population. The same seed gives the same picture."""
+    framing: Literal["celeba", "lfw"] | None = None
+    """folder:PATH: the photos are framed like CelebA's aligned ones or like deep-funneled LFW, at any size. When not
+    given, they are cropped tightly already: the largest centred square is taken."""
+    data_dir: str | None = None
+    """Where prepared sets are kept; $FACEEMBED_DATA or ~/.cache/faceembed/data when not given."""
+    json: str | None = None
+    """File for who and what was drawn."""
+    progress: bool = True
+    """Show progress bars."""
+
+
 def run(arguments: list[str]) -> None:
     """See the module."""
-    commands: dict[str, Any] = {"prepare": Prepare, "info": Info}
+    commands: dict[str, Any] = {"prepare": Prepare, "info": Info, "preview": Preview}
     chosen = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="launch.py data")
-    action = prepare if isinstance(chosen, Prepare) else info
-    action(**vars(chosen))
+    actions: dict[type, Any] = {Prepare: prepare, Info: info, Preview: preview}
+    actions[type(chosen)](**vars(chosen))
 
 
 def prepare(
@@ -125,6 +160,169 @@ def info(name: str, *, data_dir: str | None = None, json: str | None = None) -> 
             print(f"      and {len(told) - 3:,} more; --json FILE lists all")
     _write(json, report)
     return report
+
+
+def preview(
+    name: str,
+    *,
+    people: int = 8,
+    photos: int = 8,
+    size: int = 96,
+    out: Path = Path("preview.png"),
+    choose: Literal["random", "most"] = "random",
+    seed: int = 0,
+    framing: str | None = None,
+    data_dir: str | None = None,
+    json: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Writes a contact sheet of a source, prints who is on it, and returns that; see `Preview`.
+
+    Returns:
+      {"source", "framing", "fingerprint", "size", "out", "people"}; "people" is one {"name", "photos" (how many there
+      are), "shown" (keys of those drawn, from left to right)} a row, from the top.
+    """
+    for flag, value, least in (("people", people, 1), ("photos", photos, 1), ("size", size, 16), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"--{flag} is {value}: it must be at least {least}. Try --{flag} {max(least, 8)}.")
+    if out.suffix.lower() not in PICTURES:
+        raise ValueError(
+            f"--out is {out}: a picture ends in {', '.join(PICTURES)}. Try --out {out.with_suffix('.png')}."
+        )
+    try:  # told now, and not after a large source has been read
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out.parent, os.W_OK) and not out.is_dir()
+    except OSError:
+        writable = False
+    if not writable:
+        raise ValueError(f"--out is {out}: a file cannot be written there. Name one in a folder of yours.")
+    from faceembed.data import pipeline, sources
+
+    options: dict[str, int] = {}
+    if name == "synthetic":
+        from faceembed.cli.train import use_compilation_cache
+
+        use_compilation_cache()
+        options = {"people": people, "photos": photos, "size": size, "seed": seed}
+    source = sources.open_source(name, data_dir=data_dir, progress=progress, **options)
+    if framing:
+        source = sources.framed(source, framing)
+    for line in sources.problem_lines(source):
+        print(line)
+
+    rows = draw_rows(source.identity, len(source.people), people, photos, choose=choose, seed=seed)
+    drawn = np.sort(np.concatenate(rows))
+    mask = np.zeros(len(source), bool)
+    mask[drawn] = True
+    crops = pipeline.decode_all(sources.select(source, mask), size, progress=progress)
+    count = np.bincount(source.identity)
+    shown: list[dict[str, Any]] = [
+        {
+            "name": _printable(source.people[source.identity[row[0]]]),
+            "photos": int(count[source.identity[row[0]]]),
+            "shown": [_printable(source.keys[index]) for index in row],
+        }
+        for row in rows
+    ]
+    captions = [f"{person['name']}: {_of(len(person['shown']), person['photos'])}" for person in shown]
+    sheet = contact_sheet([crops[np.searchsorted(drawn, row)] for row in rows], captions)
+    encoded = io.BytesIO()
+    sheet.save(encoded, PICTURES[out.suffix.lower()], quality=92)
+    _write_bytes(out, encoded.getvalue())
+
+    for caption in captions:
+        print(f"  {caption}")
+    if len(rows) < people:
+        print(f"{name} has {len(rows)} people; --people asked for {people}")
+    print(f"written: {out}, {sheet.width} × {sheet.height} px")
+    report = {
+        "source": name, "framing": framing, "fingerprint": source.fingerprint, "size": size, "out": str(out),
+        "people": shown,
+    }  # fmt: skip
+    _write(json, report)
+    return report
+
+
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Endings of files that a contact sheet can be written to, and Pillow's names of the formats."""
+
+GAP, CAPTION = 2, 20
+"""Pixels between the photos of a contact sheet, and for the line of text under a row."""
+
+
+def draw_rows(
+    identity: np.ndarray, people: int, rows: int, columns: int, *, choose: Literal["random", "most"], seed: int
+) -> list[np.ndarray]:
+    """Which photos stand where on a contact sheet.
+
+    Args:
+      identity: [n] int, ascending, the person 0..people-1 of each photo.
+      people: how many there are.
+      rows: people wanted; fewer where there are fewer.
+      columns: photos wanted of each; fewer where a person has fewer.
+      choose: "random": people with at least `columns` photos are drawn, and if they are too few, those with the most
+        photos join them; rows are in the order of `people`. "most": those with the most photos come first.
+      seed: of both draws; equal counts are drawn as well.
+
+    Returns:
+      For each row the photos' places in `identity`, ascending.
+    """
+    rng = np.random.default_rng(seed)
+    count = np.bincount(identity, minlength=people)
+    drawn = rng.permutation(people)
+    enough = np.minimum(count, columns) if choose == "random" else count
+    chosen = drawn[np.argsort(-enough[drawn], kind="stable")][:rows]
+    if choose == "random":
+        chosen = np.sort(chosen)
+    first = np.searchsorted(identity, chosen)
+    return [
+        start + np.sort(rng.permutation(count[person])[:columns]) for person, start in zip(chosen, first, strict=True)
+    ]
+
+
+def contact_sheet(rows: Sequence[np.ndarray], captions: Sequence[str]) -> Image.Image:
+    """Rows of photos, a line of text under each.
+
+    Args:
+      rows: uint8 RGB [k, s, s, 3], k may differ from row to row. Photo c of row r has its top left corner at
+        x = GAP + c·(s + GAP), y = GAP + r·(s + CAPTION + GAP).
+      captions: one a row; what does not fit in the width is cut off.
+    """
+    size = rows[0].shape[1]
+    width = GAP + max(len(row) for row in rows) * (size + GAP)
+    sheet = Image.new("RGB", (max(width, 160), GAP + len(rows) * (size + CAPTION + GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=13)
+    for r, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        top = GAP + r * (size + CAPTION + GAP)
+        for c, photo in enumerate(row):
+            sheet.paste(Image.fromarray(photo), (GAP + c * (size + GAP), top))
+        text = caption
+        while pen.textlength(text, font) > sheet.width - 8 and len(text) > 1:
+            text = text.removesuffix("…")[:-1] + "…"
+        pen.text((4, top + size + 2), text, fill=(30, 30, 30), font=font)
+    return sheet
+
+
+def _of(shown: int, photos: int) -> str:
+    if shown == photos:
+        return "1 photo" if photos == 1 else f"{photos} photos"
+    return f"{shown} of {photos:,} photos"
+
+
+def _printable(text: str) -> str:
+    """The text with a sign for what neither a terminal nor a font can show: line breaks, bytes that are no UTF-8."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(text))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only after a failure
 
 
 def _histogram(count: np.ndarray) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        def norm(name: str, zero_scale: bool = False) -> nn.BatchNorm:
+        def norm(name: str, zero_scale: bool = False) -> layers.BatchNorm:
             return layers.batch_norm(
                 name=name, train=train, dtype=self.dtype, axis_name=self.axis_name, zero_scale=zero_scale
             )

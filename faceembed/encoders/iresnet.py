@@ -25,7 +25,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        def norm(name: str) -> nn.BatchNorm:
+        def norm(name: str) -> layers.BatchNorm:
             return layers.batch_norm(name=name, train=train, dtype=self.dtype, axis_name=self.axis_name)
 
         y = norm("bn1")(x)
@@ -85,7 +85,7 @@ class IResNet(nn.Module):
 
     @nn.compact
     def _forward(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        def norm(name: str, dtype: layers.Dtype, use_scale: bool = True) -> nn.BatchNorm:
+        def norm(name: str, dtype: layers.Dtype, use_scale: bool = True) -> layers.BatchNorm:
             return layers.batch_norm(name=name, train=train, dtype=dtype, axis_name=self.axis_name, use_scale=use_scale)
 
         layers.check_images(images)

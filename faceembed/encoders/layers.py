@@ -1,11 +1,17 @@
 """Layers that every encoder shares.
 
-XLA's CPU back end is slow on 1×1 and depthwise convolutions, so those layers have two forms that hold the same
-parameter, in a convolution's shape, and compute the same function: `form="dots"` (a flat matrix product, nine shifted
-multiply-adds) and `form="conv"`. By default the back end chooses when the function is traced: dots on CPU, conv
-elsewhere. A checkpoint does not know which form wrote it.
+XLA's CPU back end is slow on 1×1 and depthwise convolutions and on the kernel gradient of 3×3 ones, so those layers have
+two forms that hold the same parameter, in a convolution's shape, and compute the same function: `form="dots"` (flat
+matrix products, nine shifted multiply-adds) and `form="conv"`. By default the back end chooses when the function is
+traced: dots on CPU, conv elsewhere. A checkpoint does not know which form wrote it.
+
+What the gradients below are written for is how that back end works: sums over all but the last dimension and matrix
+products take elementwise operands in and run at the memory's speed; a slice or padding is a copy; and every array kept
+for the backward pass costs more to write than to compute again. They are reverse-mode only, and hold no collective:
+a gradient that has one inside a custom rule is off by the number of devices.
 """
 
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -48,6 +54,117 @@ def _shifted(x: jax.Array, strides: int) -> list[jax.Array]:
     return [x[:, i : i + height : strides, j : j + width : strides, :] for i in range(3) for j in range(3)]
 
 
+def _wide(x: jax.Array) -> jax.Array:
+    """x in float32 at least, for sums."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _over_devices_of(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weights marked as varying over the mesh axes that x varies over, as shard_map's type check asks.
+
+    What sums their gradient over the devices is then outside the custom rule that reads them.
+    """
+    axes = jax.typeof(x).manual_axis_type.varying - jax.typeof(weights).manual_axis_type.varying
+    return jax.lax.pcast(weights, tuple(axes), to="varying") if axes else weights
+
+
+def _shift_sum(x: jax.Array, weights: jax.Array, strides: int) -> jax.Array:
+    """Depthwise 3×3 convolution of x [b, h, w, c] with weights [9, c]."""
+    first, *others = (view * weight for view, weight in zip(_shifted(x, strides), weights, strict=True))
+    return sum(others, start=first)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _depthwise(x: jax.Array, weights: jax.Array, strides: int) -> jax.Array:
+    """`_shift_sum` that keeps x for its gradient, and not nine shifted copies of it."""
+    return _shift_sum(x, weights, strides)
+
+
+def _depthwise_forward(x, weights, strides):
+    return _shift_sum(x, weights, strides), (x, weights)
+
+
+def _depthwise_backward(strides, saved, dy):
+    x, weights = saved
+    _, height, width, _ = x.shape
+    # Keeps XLA from recognising the forward pass's shifted copies here, and storing all nine until now.
+    x = jax.lax.optimization_barrier(x)
+    if strides == 1:
+        # A window's rows are shifted in dy and its columns in x: four copies, where shifting x alone takes eight.
+        rows = [_padded(dy, ((-i, i), (0, 0))) for i in (1, 0, -1)]
+        columns = [_padded(x, ((0, 0), (-j, j))) for j in (-1, 0, 1)]
+        pairs = [(row, column) for row in rows for column in columns]
+    else:
+        pairs = [(view, dy) for view in _shifted(x, strides)]
+        # Zeros between the outputs: the gradient of x is the shifted sum with the window turned round, without strides.
+        sizes = zip((height, width), dy.shape[1:3], strict=True)
+        holes = [(0, size - 1 - strides * (outputs - 1), strides - 1) for size, outputs in sizes]
+        dy = jax.lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *holes, (0, 0, 0)))
+    dweights = jnp.stack([jnp.sum(_wide(a) * _wide(b), axis=(0, 1, 2)) for a, b in pairs])
+    return _shift_sum(dy, weights[::-1], 1), dweights.astype(weights.dtype)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _padded(x: jax.Array, by: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
+    """x [b, h, w, c] with zeros before and after its rows and columns; a negative number takes away."""
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*ends, 0) for ends in by), (0, 0, 0)))
+
+
+@jax.custom_vjp
+def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """3×3 convolution without strides whose kernel's gradient is a matrix product."""
+    return _convolve(x, kernel, 1, padding=1)
+
+
+def _conv3x3_forward(x, kernel):
+    return _conv3x3(x, kernel), (x, kernel)
+
+
+def _conv3x3_backward(saved, dy):
+    x, kernel = saved
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    return _convolve(dy, turned, 1, padding=1), _kernel_gradient(x, dy).astype(kernel.dtype)
+
+
+_conv3x3.defvjp(_conv3x3_forward, _conv3x3_backward)
+
+_POSITIONS = 4096
+"""Of a map, in one matrix product of `_kernel_gradient`: its operands stay in a core's cache."""
+
+
+def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Gradient [3, 3, c, f] of a 3×3 kernel from inputs [b, h, w, c] and cotangents [b, h, w, f], in float32 at least.
+
+    All nine products of shifted maps are blocks of one, of the columns' shifts of x [n, 3·c] and the rows' shifts of dy
+    [n, 3·f]. It is taken in bands of rows and never of photos, which may be divided over devices.
+    """
+    batch, height, width, channels = x.shape
+    features = dy.shape[-1]
+    band = next(n for n in range(1, height + 1) if height % n == 0 and (batch * n * width >= _POSITIONS or n == height))
+    x, dy = _padded(x, ((0, 0), (1, 1))), _padded(dy, ((1, 1), (0, 0)))
+
+    def products(start: jax.Array) -> jax.Array:
+        x_band = jax.lax.dynamic_slice_in_dim(x, start, band, axis=1)
+        dy_band = jax.lax.dynamic_slice_in_dim(dy, start, band + 2, axis=1)
+        columns = jnp.concatenate([x_band[:, :, j : j + width] for j in range(3)], axis=-1)
+        rows = jnp.concatenate([dy_band[:, 2 - i : 2 - i + band] for i in range(3)], axis=-1)
+        return jax.lax.dot_general(
+            columns.reshape(-1, 3 * channels),
+            rows.reshape(-1, 3 * features),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )
+
+    total = jnp.sum(jax.lax.map(products, jnp.arange(0, height, band)), axis=0)
+    return total.reshape(3, channels, 3, features).transpose(2, 0, 1, 3)
+
+
+_STEM_CHANNELS = 4
+"""Up to so many, the copies of a window's nine places are cheap; from some 16 on XLA's convolution wins on CPU too."""
+
+
 class Conv3x3(nn.Module):
     """3×3 convolution without bias, padded by 1 on each side (PyTorch's `padding=1`, not "SAME").
 
@@ -66,10 +183,12 @@ class Conv3x3(nn.Module):
         channels = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (3, 3, channels, self.features), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        # Only a stem's few channels make the columns cheap; from some 16 channels on XLA's convolution wins on CPU too.
-        form = self.form or ("dots" if default_form() == "dots" and channels <= 4 else "conv")
-        if form == "conv":
+        if (self.form or default_form()) == "conv":
             return _convolve(x, kernel, self.strides, padding=1)
+        if channels > _STEM_CHANNELS:
+            if self.strides != 1:
+                return _convolve(x, kernel, self.strides, padding=1)
+            return _conv3x3(x, _over_devices_of(x, kernel))
         columns = jnp.concatenate(_shifted(x, self.strides), axis=-1)
         flat = columns.reshape(-1, 9 * channels) @ kernel.reshape(9 * channels, self.features)
         return flat.reshape(*columns.shape[:3], self.features)
@@ -119,9 +238,7 @@ class DepthwiseConv(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if (self.form or default_form()) == "conv":
             return _convolve(x, kernel, self.strides, padding=1, groups=channels)
-        weights = kernel.reshape(9, 1, 1, 1, channels)
-        first, *others = (view * weight for view, weight in zip(_shifted(x, self.strides), weights, strict=True))
-        return sum(others, start=first)
+        return _depthwise(x, _over_devices_of(x, kernel.reshape(9, channels)), self.strides)
 
 
 class GlobalDepthwise(nn.Module):
@@ -141,7 +258,8 @@ class GlobalDepthwise(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if (self.form or default_form()) == "conv":
             return _convolve(x, kernel, 1, padding=0, groups=channels)[:, 0, 0, :]
-        return jnp.einsum("bhwc,hwc->bc", x, kernel[:, :, 0, :])
+        # As a matrix product, with the channels as its batch, both operands would be transposed first.
+        return jnp.sum(x * kernel[:, :, 0, :], axis=(1, 2))
 
 
 class PReLU(nn.Module):
@@ -153,19 +271,85 @@ class PReLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         slope = self.param("slope", nn.initializers.constant(0.25), (x.shape[-1],), jnp.float32)
-        slope = slope.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        return jnp.where(x > 0, x, slope * x)
+        return _prelu(x, _over_devices_of(x, slope.astype(x.dtype)))
+
+
+@jax.custom_vjp
+def _prelu(x: jax.Array, slope: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, slope * x)
+
+
+def _prelu_forward(x, slope):
+    return _prelu(x, slope), (x, slope)
+
+
+def _prelu_backward(saved, dy):
+    x, slope = saved
+    # x - |x| is 2·min(x, 0) without a zero, which XLA's CPU back end would store as an array of x's shape.
+    dslope = jnp.sum(_wide(dy) * _wide(x - jnp.abs(x)), axis=tuple(range(x.ndim - 1))) / 2
+    return jnp.where(x > 0, dy, slope * dy), dslope.astype(slope.dtype)
+
+
+_prelu.defvjp(_prelu_forward, _prelu_backward)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of [..., c] (Ioffe & Szegedy 2015) as one multiply-add a value; see `batch_norm`.
+
+    Parameters, statistics and values are those of Flax's: `scale` and `bias` [c], `mean` and `var` [c] in `batch_stats`,
+    all float32, var = max(E[x²] - E[x]², 0). Written as y = factor·x + (bias - factor·mean), factor = scale / √(var + ε),
+    its gradient reads x, which the layer before has stored; Flax's (x - mean)·factor stores x - mean as well.
+
+    Attributes:
+      use_running_average: normalise by the statistics in `batch_stats`, and change none.
+      momentum: share of the old statistic in the new.
+      epsilon: ε, added to a variance.
+      dtype: of the output; the arithmetic is in float32 at least.
+      use_scale: whether there is a `scale`.
+      scale_init: of `scale`.
+      axis_name: mesh axis to average the moments over inside `shard_map` and `pmap`.
+    """
+
+    use_running_average: bool
+    momentum: float
+    epsilon: float
+    dtype: jnp.dtype
+    use_scale: bool
+    scale_init: Initializer
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = (x.shape[-1],)
+        kept_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        kept_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        mean, var = kept_mean.value, kept_var.value
+        wide_x = _wide(x)
+        if not self.use_running_average:
+            axes = tuple(range(x.ndim - 1))
+            moments = jnp.stack([jnp.mean(wide_x, axes), jnp.mean(jnp.square(wide_x), axes)])
+            if self.axis_name is not None and not self.is_initializing():
+                moments = jax.lax.pmean(moments, self.axis_name)
+            mean, var = moments[0], jnp.maximum(0, moments[1] - jnp.square(moments[0]))
+            if not self.is_initializing():
+                kept_mean.value = self.momentum * kept_mean.value + (1 - self.momentum) * mean
+                kept_var.value = self.momentum * kept_var.value + (1 - self.momentum) * var
+        factor = jax.lax.rsqrt(var + self.epsilon)
+        if self.use_scale:
+            factor *= self.param("scale", self.scale_init, channels, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        return (wide_x * factor + (bias - mean * factor)).astype(self.dtype)
 
 
 def batch_norm(
     *, name: str, train: bool, dtype: Dtype, axis_name: str | None, use_scale: bool = True, zero_scale: bool = False
-) -> nn.BatchNorm:
+) -> BatchNorm:
     """The batch normalisation of every encoder (Ioffe & Szegedy 2015): statistics in float32, ε 1e-5, momentum 0.9.
 
     Under `jax.jit` the statistics are those of the global batch, sharded or not; inside `shard_map` and `pmap` they are
     those of one device unless `axis_name` names the mesh axis to average over.
     """
-    return nn.BatchNorm(
+    return BatchNorm(
         use_running_average=not train,
         momentum=BATCH_NORM_MOMENTUM,
         epsilon=BATCH_NORM_EPSILON,

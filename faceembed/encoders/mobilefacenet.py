@@ -23,7 +23,7 @@ class _Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        def norm(name: str) -> nn.BatchNorm:
+        def norm(name: str) -> layers.BatchNorm:
             return layers.batch_norm(name=name, train=train, dtype=self.dtype, axis_name=self.axis_name)
 
         y = layers.Conv1x1(self.expanded, 1, self.dtype, name="expand")(x)
@@ -81,7 +81,7 @@ class MobileFaceNet(nn.Module):
 
     @nn.compact
     def _forward(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        def norm(name: str, dtype: layers.Dtype) -> nn.BatchNorm:
+        def norm(name: str, dtype: layers.Dtype) -> layers.BatchNorm:
             return layers.batch_norm(name=name, train=train, dtype=dtype, axis_name=self.axis_name)
 
         layers.check_images(images)
