@@ -97,7 +97,9 @@ def expected(case):
     """What the plain form gives in float64."""
     with jax.enable_x64(True):
         variables, x = jax.tree.map(jnp.asarray, example(case))
-        return jax.device_get(jit(functools.partial(value_and_gradients, CASES[case][1](dtype="float64")))(variables, x))
+        return jax.device_get(
+            jit(functools.partial(value_and_gradients, CASES[case][1](dtype="float64")))(variables, x)
+        )
 
 
 @pytest.mark.parametrize("positions", [1, 60, 10**6])

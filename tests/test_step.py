@@ -191,7 +191,8 @@ def test_weight_decay_spares_norms_biases_and_slopes(name):
     for path, yes in jax.tree_util.tree_leaves_with_path(decayed):
         leaf = path[-1].key
         assert yes == (leaf == "kernel"), jax.tree_util.keystr(path)
-        assert leaf in ("kernel", "bias", "scale", "slope", "conv2d_bias", "position"), f"what is {jax.tree_util.keystr(path)}?"
+        known = ("kernel", "bias", "scale", "slope", "conv2d_bias", "position")
+        assert leaf in known, f"what is {jax.tree_util.keystr(path)}?"
 
 
 def test_the_optimizer_is_optax_adamw_behind_clipping():

@@ -53,7 +53,8 @@ def peers(name: str, variables: dict[str, Any], batch: int) -> Callable[[], np.n
 
     torch = harness.pytorch()
     device, images, preprocess = harness.torch_device(), photos(batch), Preprocess(size=SIZE)
-    network = peers.network(name, variables).eval().to(device, memory_format=torch.channels_last)
+    network: Any = peers.network(name, variables).eval()
+    network.to(device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def call() -> np.ndarray:

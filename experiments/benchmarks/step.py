@@ -85,7 +85,8 @@ def peer(name: str) -> Callable[[], tuple[float, float]]:
 
     torch = harness.pytorch()
     device, pre, host = harness.torch_device(), preprocess.Preprocess(size=SIZE), batch()
-    network = peers.network(name, variables_of(name)).train().to(device, memory_format=torch.channels_last)
+    network: Any = peers.network(name, variables_of(name)).train()
+    network.to(device, memory_format=torch.channels_last)
     named = [(path, p) for path, p in network.named_parameters() if p.requires_grad]
     # Decay on kernels alone: a norm's scale and a PReLU's slope are vectors.
     groups = [

@@ -61,11 +61,8 @@ def augment(
         view = _warp(draw[0:5], image.astype(dtype), size, flip, rotation, scale, shift)
         if degrade:
             view = _degrade(draw[5:7], view, degrade)
-        if colour:
-            view = _colour(draw[7:13], view, colour)
-        if grey:
-            luma = view @ jnp.array([0.299, 0.587, 0.114], dtype)
-            view = jnp.where(draw[13] < grey, luma[..., None], view)
+        if colour or grey:
+            view = _colour(draw[7:14], view, colour, grey)
         if erase:
             view = _erase(draw[14:16], draw[16:], view, erase)
         return jnp.clip(view, 0, 255)
@@ -102,14 +99,17 @@ def _warp(draw: jax.Array, image: jax.Array, size: int, flip: bool, rotation: fl
     return upper * (1 - down) + lower * down
 
 
-def _colour(draw: jax.Array, view: jax.Array, strength: float) -> jax.Array:
+def _colour(draw: jax.Array, view: jax.Array, strength: float, grey: float) -> jax.Array:
+    """Brightness, contrast about the mean, saturation, channel gains and grey: one affine map of a pixel's channels."""
     brightness, contrast, saturation = 1 + (2 * draw[:3] - 1) * strength * jnp.array([0.7, 0.7, 1.0], view.dtype)
     gain = 1 + 0.3 * strength * (2 * draw[3:6] - 1)
-    view = view * brightness
-    mean = view.mean()
-    view = mean + (view - mean) * contrast
-    luma = view.mean(-1, keepdims=True)
-    return (luma + (view - luma) * saturation) * gain
+    unit, third = jnp.eye(3, dtype=view.dtype), jnp.full((3, 3), 1 / 3, view.dtype)
+    mix = brightness * contrast * (third + (unit - third) * saturation) * gain
+    offset = brightness * view.mean() * (1 - contrast) * gain
+    luma = jnp.broadcast_to(jnp.array([[0.299], [0.587], [0.114]], view.dtype), (3, 3))
+    mix, offset = (jnp.where(draw[6] < grey, x @ luma, x) for x in (mix, offset))
+    # In one go: XLA's CPU back end fuses stage after stage of channel sums, and computes all before it anew for each term.
+    return sum(view[..., c, None] * mix[c] for c in range(3)) + offset
 
 
 def _erase(draw: jax.Array, noise: jax.Array, view: jax.Array, share: float) -> jax.Array:
