@@ -12,7 +12,7 @@ COMMANDS = {
     "train": "trains an experiment; the same command goes on where it was stopped",
     "verify": "compares verification heads on pairs of photos",
     "embed": "embeddings of a whole source, as .npz",
-    "data": "prepare: builds a set once; info: what is in it",
+    "data": "prepare: builds a set once; info: what is in it; preview: a contact sheet",
     "doctor": "devices, versions, mesh; what is missing and how to get it",
 }
 

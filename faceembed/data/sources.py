@@ -442,7 +442,8 @@ def _synthetic(
         read=read,
         square=None,
         problems=(),
-        fingerprint=fingerprint_of(keys, names, f"synthetic {seed} {size}"),
+        # 2: the renderer; a run goes on only with the faces that it began with.
+        fingerprint=fingerprint_of(keys, names, f"synthetic 2 {seed} {size}"),
     )
 
 
