@@ -34,17 +34,6 @@ _MIXED_7A: tuple[_Branch, ...] = (
 _BLOCK8: tuple[_Branch, ...] = (((192, 1, 1),), ((192, 1, 1), (192, 1, 3), (192, 3, 1)))
 
 
-def _batch_norm(*, name: str, train: bool, dtype: layers.Dtype, axis_name: str | None) -> nn.BatchNorm:
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=layers.BATCH_NORM_MOMENTUM,
-        epsilon=_EPSILON,
-        dtype=jnp.dtype(dtype),
-        axis_name=axis_name,
-        name=name,
-    )
-
-
 def _max_pool(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")
 
@@ -74,7 +63,9 @@ class _Conv(nn.Module):
                 kernel_init=_kernel_init,
                 name="conv",
             )(x)
-        return nn.relu(_batch_norm(name="bn", train=train, dtype=self.dtype, axis_name=self.axis_name)(x))
+        return nn.relu(
+            layers.batch_norm(name="bn", train=train, dtype=self.dtype, axis_name=self.axis_name, epsilon=_EPSILON)(x)
+        )
 
 
 def _branches(
@@ -215,5 +206,7 @@ class InceptionResNetV1(nn.Module):
         y = nn.Dense(self.dim, use_bias=False, dtype=jnp.dtype(self.dtype), kernel_init=_kernel_init, name="embedding")(
             x
         )
-        y = _batch_norm(name="embedding_bn", train=train, dtype=layers.wide(self.dtype), axis_name=self.axis_name)(y)
+        y = layers.batch_norm(
+            name="embedding_bn", train=train, dtype=layers.wide(self.dtype), axis_name=self.axis_name, epsilon=_EPSILON
+        )(y)
         return features, layers.unit_length(y)

@@ -87,8 +87,6 @@ def _depthwise_forward(x, weights, strides):
 def _depthwise_backward(strides, saved, dy):
     x, weights = saved
     _, height, width, _ = x.shape
-    # Keeps XLA from recognising the forward pass's shifted copies here, and storing all nine until now.
-    x = jax.lax.optimization_barrier(x)
     if strides == 1:
         # A window's rows are shifted in dy and its columns in x: four copies, where shifting x alone takes eight.
         rows = [_padded(dy, ((-i, i), (0, 0))) for i in (1, 0, -1)]
@@ -342,9 +340,16 @@ class BatchNorm(nn.Module):
 
 
 def batch_norm(
-    *, name: str, train: bool, dtype: Dtype, axis_name: str | None, use_scale: bool = True, zero_scale: bool = False
+    *,
+    name: str,
+    train: bool,
+    dtype: Dtype,
+    axis_name: str | None,
+    use_scale: bool = True,
+    zero_scale: bool = False,
+    epsilon: float = BATCH_NORM_EPSILON,
 ) -> BatchNorm:
-    """The batch normalisation of every encoder (Ioffe & Szegedy 2015): statistics in float32, ε 1e-5, momentum 0.9.
+    """The batch normalisation of every encoder (Ioffe & Szegedy 2015): statistics in float32, momentum 0.9.
 
     Under `jax.jit` the statistics are those of the global batch, sharded or not; inside `shard_map` and `pmap` they are
     those of one device unless `axis_name` names the mesh axis to average over.
@@ -352,7 +357,7 @@ def batch_norm(
     return BatchNorm(
         use_running_average=not train,
         momentum=BATCH_NORM_MOMENTUM,
-        epsilon=BATCH_NORM_EPSILON,
+        epsilon=epsilon,
         dtype=jnp.dtype(dtype),
         use_scale=use_scale,
         scale_init=nn.initializers.zeros if zero_scale else nn.initializers.ones,

@@ -153,14 +153,9 @@ class ViT(nn.Module):
             raise ValueError(f"vit has a width of {self.width}, which {self.heads} heads do not divide; try width=256.")
         wide = layers.wide(self.dtype)
 
-        def norm(name: str) -> nn.BatchNorm:
-            return nn.BatchNorm(
-                use_running_average=not train,
-                momentum=layers.BATCH_NORM_MOMENTUM,
-                epsilon=_BATCH_NORM_EPSILON,
-                dtype=jnp.dtype(wide),
-                axis_name=self.axis_name,
-                name=name,
+        def norm(name: str) -> layers.BatchNorm:
+            return layers.batch_norm(
+                name=name, train=train, dtype=wide, axis_name=self.axis_name, epsilon=_BATCH_NORM_EPSILON
             )
 
         x = _PatchEmbedding(self.width, self.patch, self.dtype, name="patches")(images)

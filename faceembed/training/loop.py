@@ -72,6 +72,10 @@ def train(
     pre, batch, schedule = experiment.preprocess, experiment.batch, experiment.schedule
     mesh = meshes.make_mesh(devices)
     meshes.check_batch(mesh, batch.people, batch.photos)
+    encoder = embed.build_encoder(experiment)
+    # A size that the encoder cannot take is told before photos are read.
+    images = jnp.zeros((1, pre.size, pre.size, 3), jnp.float32)
+    jax.eval_shape(lambda key: encoder.init(key, images, train=False), jax.random.key(0))
     with checkpoint.locked(run):
         checkpoint.check_same(run, experiment)
 
@@ -95,7 +99,6 @@ def train(
         }
 
         # ---- encoder, loss, optimizer, state -----------------------------------------------------------------------
-        encoder = embed.build_encoder(experiment)
         loss, loss_params = make_loss(experiment)
         optimizer, learning_rate = steps.make_optimizer(
             _rule(experiment.optimizer), learning_rate=schedule.learning_rate, warmup=schedule.warmup,
