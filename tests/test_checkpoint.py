@@ -220,7 +220,7 @@ def test_every_field_that_differs_is_named(tmp_path):
         "data.source: 'synthetic' there, 'lfw' now",
         "data.margin: 1.125 there, 1.25 now",
         "encoder.widths: (4, 8) there, (4, 16) now",
-        "loss: PairLogistic() there, Triplet(margin=0.2, miner='semi_hard') now",
+        "loss: PairLogistic() there, Triplet(margin=0.2, miner='semi_hard', last_miner=None, last_share=0.25) now",
         "optimizer.b2: 0.99 there, 0.5 now",
     ]
     assert str(tmp_path) in str(error.value)
@@ -242,7 +242,7 @@ def changed(name, value):
     choices = {
         "precision": "float64", "data.source": "lfw", "data.data_dir": "/elsewhere", "preprocess.colour": "bgr",
         "preprocess.flip": "none", "encoder.widths": (4, 9), "encoder.blocks": (1, 2), "augment.flip": False,
-        "loss.miner": "all",
+        "loss.miner": "all", "loss.last_miner": "hardest",
     }  # fmt: skip
     if name in choices:
         return choices[name]
