@@ -1,4 +1,4 @@
-"""Does everything work here? A small network on synthetic faces: about 90 seconds on two CPU cores, and 91 % ± 2.
+"""Does everything work here? A small network on synthetic faces: about 2 minutes on two CPU cores, and 87 % ± 3.
 
 python launch.py train quickstart
 """

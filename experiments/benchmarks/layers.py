@@ -59,7 +59,8 @@ class _PlainDepthwise(nn.Module):
 # name: (ours, plain, input shape)
 GRADIENTS: dict[str, tuple[nn.Module, nn.Module, tuple[int, int, int]]] = {
     "batch norm, 128 @56": (
-        layers.batch_norm(name="bn", train=True, dtype="float32", axis_name=None), nn.BatchNorm(use_running_average=False), (56, 56, 128),
+        layers.batch_norm(name="bn", train=True, dtype="float32", axis_name=None),
+        nn.BatchNorm(use_running_average=False), (56, 56, 128),
     ),
     "PReLU, 128 @56": (layers.PReLU(), _PlainPReLU(), (56, 56, 128)),
     "depthwise, 128 @56": (layers.DepthwiseConv(form="dots"), _PlainDepthwise(), (56, 56, 128)),

@@ -162,7 +162,7 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
 _STEM_CHANNELS = 4
 """Up to so many, the copies of a window's nine places are cheap; from some 16 on XLA's convolution wins on CPU too."""
 _GRADIENT_CHANNELS = 48
-"""From so many on, in and out, `_kernel_gradient` takes 0.4 to 0.9 of the time of XLA's; at 16 it takes 2.5 times as long."""
+"""From so many on, in and out, `_kernel_gradient` takes 0.4 to 0.9 of XLA's time; at 16, 2.5 times as long."""
 
 
 class Conv3x3(nn.Module):
