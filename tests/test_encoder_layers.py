@@ -15,6 +15,12 @@ from faceembed.encoders import layers
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+@pytest.fixture(autouse=True)
+def by_hand_for_any_number_of_channels(monkeypatch):
+    """The cases have a few channels, for which the layer itself would leave a 3×3 kernel's gradient to XLA."""
+    monkeypatch.setattr(layers, "_GRADIENT_CHANNELS", 1)
+
+
 class PlainPReLU(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -102,12 +108,12 @@ def expected(case):
         )
 
 
-@pytest.mark.parametrize("positions", [1, 60, 10**6])
-@pytest.mark.parametrize("case", CASES)
+# One row a band, some, or all of them; only 3×3 convolutions without strides have bands.
+BANDS = [(case, positions) for case in CASES for positions in ([1, 60, 10**6] if "conv3x3_s1" in case else [10**6])]
+
+
+@pytest.mark.parametrize(("case", "positions"), BANDS)
 def test_value_and_gradients_are_the_plain_forms_in_float64(case, positions, monkeypatch):
-    if positions != 10**6 and "conv3x3_s1" not in case:
-        pytest.skip("has no bands of rows")
-    # One row a band, some, or all of them.
     monkeypatch.setattr(layers, "_POSITIONS", positions)
     with jax.enable_x64(True):
         variables, x = jax.tree.map(jnp.asarray, example(case))
@@ -125,6 +131,15 @@ def test_gradients_keep_their_types_and_precision(case, dtype, tolerance):
     assert y.dtype == dx.dtype == dtype
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((changed, dparams)))
     compare((y, changed, (dparams, dx)), expected(case), tolerance)
+
+
+@pytest.mark.parametrize(("channels", "features", "by_hand"), [(48, 48, True), (47, 64, False), (64, 47, False)])
+def test_small_3x3_kernels_leave_their_gradient_to_xla(channels, features, by_hand, monkeypatch):
+    monkeypatch.setattr(layers, "_GRADIENT_CHANNELS", 48)
+    module, x = layers.Conv3x3(features, form="dots"), jnp.ones((2, 4, 4, channels))
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    program = str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(module.apply(p, x))))(params))
+    assert ("dot_general" in program) == by_hand
 
 
 def test_sums_over_many_places_are_taken_in_float32():

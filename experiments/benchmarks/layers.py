@@ -51,9 +51,11 @@ class _PlainDepthwise(nn.Module):
         _, height, width, channels = x.shape
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         weights = kernel.reshape(9, channels)
-        return sum(  # type: ignore[return-value]
-            x[:, i : i + height, j : j + width] * weights[3 * i + j] for i in range(3) for j in range(3)
-        )
+        total = jnp.zeros((), x.dtype)
+        for i in range(3):
+            for j in range(3):
+                total += x[:, i : i + height, j : j + width] * weights[3 * i + j]
+        return total
 
 
 # name: (ours, plain, input shape)

@@ -4,7 +4,7 @@ Submodules have the names that they have in `faceembed.encoders`, so that a para
 tensor that is missing, left over or of another shape is an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,7 @@ class IResNet18(nn.Module):
         return self.embedding_bn(self.embedding(x))
 
 
-NETWORKS = {"mobilefacenet": MobileFaceNet, "iresnet18": IResNet18}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"mobilefacenet": MobileFaceNet, "iresnet18": IResNet18}
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "slope": "weight", "bias": "bias", "mean": "running_mean",
            "var": "running_var"}  # fmt: skip

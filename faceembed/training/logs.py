@@ -102,15 +102,9 @@ def open_logs(
         return Logs([])
     package = import_wandb() if wandb else None
     lines = _Lines(run, first_step)
-    sinks: list[_Sink] = [lines, _TensorBoard(run / "tensorboard", first_step)]
-    logs = Logs(sinks, lines.ongoing())
-    if package is not None:
-        try:
-            sinks.append(_Wandb(package, wandb, run, config))
-        except BaseException:
-            logs.close(failed=True)
-            raise
-    return logs
+    # The one that a network can refuse comes first, so that nothing is open when it does.
+    remote: list[_Sink] = [_Wandb(package, wandb, run, config)] if package is not None else []
+    return Logs([lines, _TensorBoard(run / "tensorboard", first_step), *remote], lines.ongoing())
 
 
 class _Lines:
