@@ -2,7 +2,8 @@
 
 import sys
 
-from faceembed.cli import main
+from faceembed.cli import main, with_huge_pages
 
 if __name__ == "__main__":
+    with_huge_pages()
     sys.exit(main(sys.argv[1:]))

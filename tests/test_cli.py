@@ -1,5 +1,6 @@
 """The command line as it is typed: answers, exit statuses, and how soon they come."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,37 @@ def test_help_and_errors_come_before_jax_is_imported(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "imported:"
+
+
+@pytest.mark.parametrize(
+    ("setting", "given", "becomes"),
+    [
+        ("always [madvise] never", {}, "glibc.malloc.hugetlb=1"),
+        ("[always] madvise never", {}, None),
+        (None, {}, None),
+        ("always [madvise] never", {"GLIBC_TUNABLES": ""}, ""),
+        ("always [madvise] never", {"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "glibc.malloc.check=0"),
+    ],
+)
+def test_huge_pages_are_asked_for_by_the_same_process_started_anew(setting, given, becomes, tmp_path):
+    if setting is not None:
+        (tmp_path / "enabled").write_text(setting)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, sys; from faceembed.cli import with_huge_pages\n"
+        "with open('starts', 'a') as log: print(os.getpid(), file=log)\n"
+        "with_huge_pages(pathlib.Path('enabled'))\n"
+        "print([os.environ.get('GLIBC_TUNABLES'), sys.argv[1:], sys.flags.dont_write_bytecode])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | {"PYTHONPATH": str(ROOT)} | given
+    done = subprocess.run(
+        [sys.executable, "-B", "script.py", "two words", ""],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"{[becomes, ['two words', ''], 1]}\n"
+    starts = (tmp_path / "starts").read_text().split()
+    assert len(starts) == (2 if becomes and not given else 1)
+    assert len(set(starts)) == 1
 
 
 def test_doctor_looks_at_devices_and_says_what_is_missing(tmp_path, monkeypatch):

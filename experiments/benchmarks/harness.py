@@ -11,6 +11,7 @@ alike; printed are its median and the 10 % and 90 % quantiles over the rounds.
 import argparse
 import concurrent.futures
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -23,10 +24,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
 from faceembed import report
+from faceembed.cli import HUGE_PAGES
 
 PAUSE = 0.02
 """Seconds of rest before each turn. Threads of OpenMP and of XLA spin for a while when their work is done, on the very
@@ -242,13 +245,20 @@ def others_seconds() -> float:
 # --- A process of its own
 
 
-def fresh(function: Callable[..., Any], /, *args: Any, cpus: int | None = None) -> Any:
-    """`function(*args)` in a new process on so many CPUs (None: all of this one's).
+def fresh(function: Callable[..., Any], /, *args: Any, cpus: int | None = None, huge_pages: bool = True) -> Any:
+    """`function(*args)` in a new process.
 
-    The function is named at the top of a module; arguments and result can be pickled.
+    Args:
+      function: named at the top of a module.
+      args: can be pickled, as the result.
+      cpus: how many it runs on; None for all of this process's.
+      huge_pages: whether the C library asks for pages of 2 MB for large arrays, as under `launch.py`.
     """
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=confine, initargs=(cpus,)) as pool:
+    with (
+        mock.patch.dict(os.environ, {"GLIBC_TUNABLES": HUGE_PAGES if huge_pages else ""}),
+        concurrent.futures.ProcessPoolExecutor(1, context, initializer=confine, initargs=(cpus,)) as pool,
+    ):
         return pool.submit(function, *args).result()
 
 
@@ -270,7 +280,8 @@ def peak_bytes(
     Returns:
       Bytes, or None where the system does not tell.
     """
-    return fresh(_peak, make, args, in_torch, cpus=cpus)
+    # Memory in pages of 2 MB would be counted in steps of 2 MB.
+    return fresh(_peak, make, args, in_torch, cpus=cpus, huge_pages=False)
 
 
 def _peak(make: Callable[..., Callable[[], object]], args: tuple[Any, ...], in_torch: bool) -> int | None:
@@ -372,7 +383,7 @@ def measure(run: Callable[..., list[dict[str, Any]]], *, quick: bool) -> dict[st
     about = machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     began, used = time.perf_counter(), others_seconds()
-    rows = run(quick=quick)
+    rows = fresh(functools.partial(run, quick=quick))
     seconds = time.perf_counter() - began
     others = (others_seconds() - used) / seconds
     for title in dict.fromkeys(row.get("table", "") for row in rows):

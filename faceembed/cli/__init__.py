@@ -24,6 +24,31 @@ HELP = (
 )
 
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""For GLIBC_TUNABLES: large arrays are to lie in pages of 2 MB (glibc 2.35 and later; nothing else reads it)."""
+
+HUGE_PAGES_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+"""Where Linux says who gets them: [always], those who ask by [madvise], or [never] anyone."""
+
+
+def with_huge_pages(setting: Path = HUGE_PAGES_SETTING) -> None:
+    """Starts this process anew with large arrays in huge pages, where Linux gives them to those who ask; else returns.
+
+    On a CPU each update takes its temporary memory anew, a gigabyte or more, and the system then hands out every 4 kB
+    of it at its first use: up to half of the time of a training step (`experiments/benchmarks/step.py`). The C library
+    asks for pages of 2 MB if it is told to before the process starts.
+
+    A GLIBC_TUNABLES that is set already, be it to nothing, stays as it is.
+    """
+    try:
+        asked_for = "[madvise]" in setting.read_text()
+    except OSError:
+        return
+    if asked_for and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main(arguments: list[str]) -> int:
     """Runs one command.
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import tyro
 
+from faceembed.cli import HUGE_PAGES_SETTING
+
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -78,6 +80,11 @@ def examine() -> dict[str, Any]:
             advice.append(f"{name} is missing: pip install -e '.[{extra}]'")
     if jax.default_backend() == "cpu" and shutil.which("nvidia-smi"):
         advice.append("there is an NVIDIA driver, but this JAX runs on the CPU: pip install -e '.[cuda13]' (or cuda12)")
+    if jax.default_backend() == "cpu" and _says(HUGE_PAGES_SETTING, "[never]"):
+        advice.append(
+            f"Linux gives no huge pages, and without them training on a CPU takes up to twice as long: "
+            f"echo madvise | sudo tee {HUGE_PAGES_SETTING}"
+        )
     data_dir = sources.default_data_dir()
     existing = next(folder for folder in (data_dir, *data_dir.parents) if folder.exists())
     prepared = [name for name in ("lfw", "celeba") if (data_dir / name / "index.npz").exists()]
@@ -97,6 +104,13 @@ def examine() -> dict[str, Any]:
         "compilation_cache": os.environ["JAX_COMPILATION_CACHE_DIR"],
         "advice": advice,
     }
+
+
+def _says(file: Path, word: str) -> bool:
+    try:
+        return word in file.read_text()
+    except OSError:
+        return False
 
 
 def _version(package: str) -> str | None:
