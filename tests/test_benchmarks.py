@@ -39,18 +39,18 @@ class FakeClock:
         self.now += seconds
 
 
-def test_contestants_alternate_in_both_orders_and_the_first_two_calls_do_not_count():
+def test_contestants_alternate_in_both_orders_and_only_the_turns_after_their_first_calls_count():
     clock = FakeClock()
-    contestants = {"a": clock.call("a", 9, 1, 2, 3, 4), "b": clock.call("b", 8, 1, 10, 20, 30)}
+    contestants = {"a": clock.call("a", 9, 1, 7, 2, 7, 3, 7, 4), "b": clock.call("b", 8, 1, 5, 10, 5, 20, 5, 30)}
     times = harness.interleave(contestants, repeats=3, clock=lambda: clock.now, rest=clock.rest)
-    assert "".join(name[0] for name in clock.log) == "aabb" + "rarb" + "rbra" + "rarb"
+    assert "".join(name[0] for name in clock.log) == "aabb" + "raarbb" + "rbbraa" + "raarbb"
     assert times == {"a": pytest.approx([2, 3, 4]), "b": pytest.approx([10, 20, 30])}
 
 
 def test_a_quick_call_is_made_until_its_turn_is_long_enough():
     clock = FakeClock()
     each = harness.TURN / 3.5  # so that four calls fill a turn
-    call = clock.call("a", 1, each, *(2 * [each, 2 * each, each, 4 * each]))
+    call = clock.call("a", 1, each, *(2 * [9, each, 2 * each, each, 4 * each]))
     times = harness.interleave({"a": call}, repeats=2, clock=lambda: clock.now, rest=clock.rest)
     assert times["a"] == pytest.approx([2 * each] * 2)
     with pytest.raises(ValueError, match="repeats is 0"):

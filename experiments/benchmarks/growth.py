@@ -12,6 +12,7 @@ on a CPU virtual devices share the same cores: what a row costs beyond the first
 bar is set.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,9 @@ def make_alone(batch: int, size: int, devices: int) -> Callable[[], jax.Array]:
     """`make` in a process in which XLA has not started: there it can still get any number of CPU devices."""
     if harness.on_cpu():
         jax.config.update("jax_num_cpu_devices", devices)
+        # XLA has a thread a device or a core. One that waits for the others in a collective is lost to the rest, and
+        # independent collectives of one device wait at the same time: with too few threads all wait for ever.
+        os.environ.setdefault("NPROC", str(4 * devices))
     return make(batch, size, devices)
 
 

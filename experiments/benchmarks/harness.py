@@ -65,7 +65,9 @@ def interleave(
       rest: is given the seconds to wait before a turn.
 
     Returns:
-      name → [repeats] seconds of one call. Two calls of each beforehand, which compile and warm up, do not count.
+      name → [repeats] seconds of one call. What does not count: two calls of each beforehand, which compile and warm up,
+      and one at the start of each turn. Memory that a contestant gave back is given away while others run, and a virtual
+      machine even returns it to its host: after 2 seconds of rest a training step of 0.4 s has taken 1.4 to 1.8 s.
 
     Raises:
       ValueError: there is no round.
@@ -82,6 +84,7 @@ def interleave(
     for r in range(repeats):
         for name in list(contestants)[:: -1 if r % 2 else 1]:
             rest(PAUSE)
+            contestants[name]()
             began = clock()
             for _ in range(calls[name]):
                 contestants[name]()

@@ -1,4 +1,4 @@
-"""How long does a training step take, beside the same step in PyTorch?  (5 min on 2 cores.)
+"""How long does a training step take, beside the same step in PyTorch?  (6 min on 2 cores.)
 
     python -m experiments.benchmarks.step
 
@@ -160,7 +160,7 @@ def run(*, quick: bool = False) -> list[dict[str, Any]]:
     with_peer = harness.available("torch")
     return [
         {"huge pages": "yes" if huge else "no"}
-        | harness.fresh(row, name, 2 if quick else 11, with_peer, huge_pages=huge)
+        | harness.fresh(row, name, 2 if quick else 5, with_peer, huge_pages=huge)
         for name in (NETWORKS[:1] if quick else NETWORKS)
         for huge in (True, False)
     ]
