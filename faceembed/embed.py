@@ -50,7 +50,39 @@ def make_embed(encoder: nn.Module, pre: Preprocess) -> EmbedFn:
     return embed
 
 
-def embed_all(embed: EmbedFn, variables: Any, images: np.ndarray, batch: int = 256) -> np.ndarray:
+def make_layers(
+    encoder: nn.Module, pre: Preprocess, names: tuple[str, ...]
+) -> Callable[[Any, Any], dict[str, jax.Array]]:
+    """Compiles the reading of inner layers: (variables, uint8 images) → name → [b, k] float32 >= 0.
+
+    A layer is "features" (what the encoder's method of that name gives) or one of its modules, such as "stage3_block1":
+    ReLU of its output, averaged over places. With flip fusion, the mean over a photo and its mirror image.
+    """
+    inner = tuple(name for name in names if name != "features")
+
+    def captured(module: nn.Module, method: str) -> bool:
+        return method == "__call__" and module.name in inner
+
+    @jax.jit
+    def read(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        x = normalize(pre, images)
+        if pre.flip != "none":
+            x = jnp.concatenate([x, x[:, :, ::-1]])
+        features, state = encoder.apply(
+            variables, x, train=False, method="features", capture_intermediates=captured, mutable=["intermediates"]
+        )
+        found = {"features": features} if "features" in names else {}
+        for name in inner:
+            value = state["intermediates"][name]["__call__"][0].astype(jnp.float32)
+            found[name] = jnp.mean(jax.nn.relu(value), axis=tuple(range(1, value.ndim - 1)))
+        if pre.flip != "none":
+            found = {name: value.reshape(2, -1, value.shape[-1]).mean(axis=0) for name, value in found.items()}
+        return found
+
+    return read
+
+
+def embed_all(embed: Callable[[Any, Any], Any], variables: Any, images: np.ndarray, batch: int = 256) -> Any:
     """Embeds any number of photos in batches of one size, the last one padded, so that nothing is compiled twice.
 
     Args:
@@ -58,7 +90,7 @@ def embed_all(embed: EmbedFn, variables: Any, images: np.ndarray, batch: int = 2
       batch: photos at once; fewer photos take the next power of two.
 
     Returns:
-      [n, d] float32 (float64 for a float64 checkpoint).
+      [n, d] float32 (float64 for a float64 checkpoint); for `make_layers`'s function a dict of such arrays.
     """
     if not len(images):
         raise ValueError("there are no images to embed.")
@@ -68,7 +100,8 @@ def embed_all(embed: EmbedFn, variables: Any, images: np.ndarray, batch: int = 2
         part = images[start : start + batch]
         padded = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), part.dtype)])
         results.append((embed(variables, padded), len(part)))
-    return np.concatenate([np.asarray(emb)[:count] for emb, count in results])
+    parts = [jax.tree.map(lambda emb, count=count: np.asarray(emb)[:count], found) for found, count in results]
+    return jax.tree.map(lambda *emb: np.concatenate(emb), *parts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +154,10 @@ class Embedder:
           ValueError: another dtype, size or rank: a mismatched pipeline is refused.
         """
         images = np.asarray(images)
+        self._require_crops(images)
+        return embed_all(self.embed, self.variables, images, batch)
+
+    def _require_crops(self, images: np.ndarray) -> None:
         if images.dtype != np.uint8:
             raise ValueError(
                 f"images are {images.dtype}: expected uint8 RGB, 0-255, before any normalisation; the checkpoint brings "
@@ -131,7 +168,33 @@ class Embedder:
                 f"images have shape {images.shape}: this checkpoint takes [n, {self.size}, {self.size}, 3]. "
                 "embedder.read(paths, framing=…) cuts such crops from photos."
             )
-        return embed_all(self.embed, self.variables, images, batch)
+
+    def layers(self, images: np.ndarray, names: Sequence[str], batch: int = 256) -> dict[str, np.ndarray]:
+        """Non-negative features of inner layers, for heads named "HEAD@LAYER" and for chi-square features.
+
+        Args:
+          images: as for `__call__`.
+          names: "features", or modules of the encoder such as "stage3_block1".
+          batch: photos at once.
+
+        Returns:
+          name → [n, k] float32 >= 0, not of unit length.
+
+        Raises:
+          ValueError: an unknown layer (those that there are, are listed), or images that `__call__` refuses.
+        """
+        known = self.layer_names
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"this encoder has no layer {unknown[0]!r}; it has {', '.join(known)}.")
+        self._require_crops(images)
+        read = make_layers(build_encoder(self.config), self.preprocess, tuple(names))
+        return embed_all(read, self.variables, np.asarray(images), batch)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """What `layers` can read: "features" and the encoder's modules that stand at its top level."""
+        return ("features", *self.variables["params"])
 
     def read(self, photos: Sequence[str | Path | np.ndarray], framing: str | Square | None = None) -> np.ndarray:
         """Cuts crops from photos.

@@ -13,7 +13,7 @@ import numpy as np
 from faceembed import checkpoint, embed, metrics, page, report
 from faceembed.data import pairs as pair_lists
 from faceembed.data import pipeline, sources, splits
-from faceembed.verification import HEADS, EmbeddedPairs, HeadResult, Results, compare
+from faceembed.verification import USUAL_HEADS, EmbeddedPairs, HeadResult, Results, compare
 
 SHOWN = 12
 """Of the hardest genuine pairs, and of the hardest impostor pairs, as many are in a report."""
@@ -74,7 +74,7 @@ def compare_pairs(
     *,
     fit: EmbeddedPairs | None = None,
     folds: np.ndarray | None = None,
-    heads: Sequence[str] = tuple(HEADS),
+    heads: Sequence[str] = USUAL_HEADS,
 ) -> Results:
     """Heads on tested pairs, with a warning when tested people are among the checkpoint's training people."""
     results = compare(test.a, test.b, test.same, test.people_a, test.people_b, train=fit, folds=folds, heads=heads)

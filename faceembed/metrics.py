@@ -19,15 +19,24 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "Det",
     "OperatingPoint",
+    "Reliability",
     "Resolution",
     "Roc",
     "accuracy",
     "accuracy_threshold",
     "auc",
+    "brier",
     "cllr",
+    "det",
+    "ece",
     "eer",
+    "matched_tar",
+    "min_cllr",
+    "pav_llr",
     "rates_at",
+    "reliability",
     "resolvable",
     "roc",
     "tar_at_far",
@@ -121,6 +130,67 @@ def _roc(s: Floats, y: Bools) -> Roc:
         false_accepts=false,
         true_accepts=true,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Det:
+    """Detection error trade-off: both error rates, and their normal deviates, which are the axes of its plot.
+
+    Attributes:
+      fmr: [k] share of impostor pairs accepted, from 0 to 1, never falling.
+      fnmr: [k] share of genuine pairs refused, from 1 to 0, never rising.
+      threshold: [k] accept when score >= threshold; the first is +inf.
+      x, y: [k] normal deviates (probit) of `fmr` and `fnmr`; -inf at a rate of 0 and +inf at 1.
+    """
+
+    fmr: Floats
+    fnmr: Floats
+    threshold: Floats
+    x: Floats
+    y: Floats
+
+
+def det(scores: ArrayLike, same: ArrayLike) -> Det:
+    """The DET curve, with one point for each distinct score, as `roc`.
+
+    Scores that are normal within each kind of pair give a straight line on the deviates.
+
+    Args:
+      scores: [n] float, higher = same person.
+      same: [n] bool; both kinds must be present.
+
+    Returns:
+      `Det`.
+
+    Raises:
+      ValueError: as `roc`.
+
+    References:
+      Martin et al., "The DET curve in assessment of detection task performance" (1997).
+
+    See Also:
+      `sklearn.metrics.det_curve(drop_intermediate=False)`: the same points, in its own order and without the ends.
+
+    >>> curve = det([0.9, 0.8, 0.8, 0.1], [True, True, False, False])
+    >>> curve.fnmr.tolist(), curve.x.tolist()
+    ([1.0, 0.5, 0.0, 0.0], [-inf, -inf, 0.0, inf])
+    """
+    curve = roc(scores, same)
+    fnmr = 1 - curve.tar
+    x, y = (probit(rate) for rate in (curve.far, fnmr))
+    return Det(fmr=curve.far, fnmr=fnmr, threshold=curve.threshold, x=x, y=y)
+
+
+def probit(rate: ArrayLike) -> Floats:
+    """Normal deviates of rates in [0, 1]: the z below which a standard normal number lies with that probability.
+
+    >>> probit([0.0, 0.5, 1.0]).tolist()
+    [-inf, 0.0, inf]
+    """
+    inverse = NormalDist().inv_cdf
+    flat = np.ravel(np.asarray(rate, np.float64))
+    found = [inverse(r) if 0 < r < 1 else math.inf * (2 * r - 1) for r in flat.tolist()]
+    return np.array(found).reshape(np.shape(rate))
 
 
 def auc(scores: ArrayLike, same: ArrayLike) -> float:
@@ -380,6 +450,29 @@ def tar_at_far(
     )
 
 
+def matched_tar(scores: ArrayLike, same: ArrayLike, far: float) -> OperatingPoint:
+    """TAR where the FAR of these SAME pairs is at most the target: to compare heads at one point of their ROCs.
+
+    A product cannot choose its threshold by the people it will meet: quote `tar_at_far`, whose threshold was transferred,
+    and never this one.
+
+    Args:
+      scores: [n] float, higher = same person.
+      same: [n] bool; both kinds must be present.
+      far: target in (0, 1).
+
+    Returns:
+      `OperatingPoint`, its threshold by `threshold_at_far` on these pairs.
+
+    Raises:
+      ValueError: as `tar_at_far`.
+
+    >>> matched_tar([0.9, 0.7, 0.6, 0.1], [True, False, True, False], far=0.5).tar
+    1.0
+    """
+    return tar_at_far(scores, same, scores, same, far=far)
+
+
 @dataclasses.dataclass(frozen=True)
 class Resolution:
     """What a number of comparisons can say about a rate.
@@ -505,3 +598,192 @@ def cllr(llr: ArrayLike, same: ArrayLike) -> float:
     """
     s, y = _checked(llr, same)
     return float((np.logaddexp(0, -s[y]).mean() + np.logaddexp(0, s[~y]).mean()) / (2 * math.log(2)))
+
+
+def pav_llr(scores: ArrayLike, same: ArrayLike) -> Floats:
+    """The log-likelihood ratios that fit these pairs best among all that never fall as the score rises.
+
+    Pool-adjacent-violators: tied scores are pooled, then neighbouring blocks until the share of genuine pairs rises from
+    block to block; a block's ratio is its odds of being genuine over the odds of all pairs.
+
+    Args:
+      scores: [n] float, higher = same person.
+      same: [n] bool; both kinds must be present.
+
+    Returns:
+      [n] float64 in the order given; -inf in a block without genuine pairs, +inf in one without impostor pairs.
+
+    Raises:
+      ValueError: as `roc`.
+
+    References:
+      Brümmer & du Preez (2006), section 6; Ayer et al., "An empirical distribution function for sampling with incomplete
+      information" (1955).
+
+    >>> pav_llr([3.0, 2.0, 1.0, 0.0], [True, False, True, False]).round(9).tolist()
+    [inf, 0.0, 0.0, -inf]
+    """
+    s, y = _checked(scores, same)
+    _, group = np.unique(s, return_inverse=True)
+    genuine, every = np.bincount(group, y), np.bincount(group)
+    blocks: list[list[int]] = []  # genuine pairs, pairs, groups: from the lowest score up
+    for g, n in zip(genuine.astype(np.int64).tolist(), every.tolist(), strict=True):
+        block = [g, n, 1]
+        while blocks and blocks[-1][0] * block[1] >= block[0] * blocks[-1][1]:
+            block = [old + new for old, new in zip(blocks.pop(), block, strict=True)]
+        blocks.append(block)
+    prior = math.log(y.sum() / (len(y) - y.sum()))
+    llr = [-math.inf if g == 0 else math.inf if g == n else math.log(g / (n - g)) - prior for g, n, _ in blocks]
+    return np.repeat(llr, [count for _, _, count in blocks])[group]
+
+
+def min_cllr(scores: ArrayLike, same: ArrayLike) -> float:
+    """Cllr after the best monotone calibration on these same pairs: what discrimination alone costs, in bits.
+
+    `cllr` less this is what calibration costs. It depends on the order of the scores only.
+
+    Args:
+      scores: [n] float, higher = same person; a distance's negative will do.
+      same: [n] bool; both kinds must be present.
+
+    Returns:
+      A number in [0, 1].
+
+    Raises:
+      ValueError: as `roc`.
+
+    References:
+      Brümmer & du Preez (2006), section 6.
+
+    >>> min_cllr([3.0, 2.0, 1.0, 0.0], [True, False, True, False])
+    0.5
+    """
+    llr = pav_llr(scores, same)
+    y = np.asarray(same, bool)
+    # An infinite ratio is always on the right side: a block without impostor pairs has only genuine ones.
+    return float((np.logaddexp(0, -llr[y]).mean() + np.logaddexp(0, llr[~y]).mean()) / (2 * math.log(2)))
+
+
+def _posterior(llr: ArrayLike, same: ArrayLike, prior: float) -> tuple[Floats, Bools]:
+    if not 0 < prior < 1:
+        raise ValueError(f"prior is {prior}: give the share of genuine pairs to reckon with, between 0 and 1.")
+    s, y = _checked(llr, same)
+    logit = s + math.log(prior / (1 - prior))
+    return np.exp(-np.logaddexp(0, -logit)), y
+
+
+def brier(llr: ArrayLike, same: ArrayLike, *, prior: float) -> float:
+    """Brier score at a named prior: mean squared error of the posterior, genuine and impostor pairs weighted to the prior.
+
+    Args:
+      llr: [n] natural-log likelihood ratios.
+      same: [n] bool; both kinds must be present.
+      prior: share of genuine pairs in (0, 1) that the posteriors and weights are for.
+
+    Returns:
+      A number in [0, 1]; saying nothing costs prior·(1 - prior).
+
+    Raises:
+      ValueError: as `roc`, or the prior is outside (0, 1).
+
+    References:
+      Brier, "Verification of forecasts expressed in terms of probability" (1950).
+
+    >>> brier([0.0, 0.0, 0.0], [True, False, False], prior=0.5)
+    0.25
+    """
+    p, y = _posterior(llr, same, prior)
+    return float(prior * np.square(1 - p[y]).mean() + (1 - prior) * np.square(p[~y]).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Reliability:
+    """Stated probabilities against what happened, in bins of about equally many pairs.
+
+    Attributes:
+      prior: share of genuine pairs that everything is weighted to.
+      predicted: [k] mean posterior of the pairs in a bin, rising.
+      observed: [k] share of genuine pairs in it.
+      weight: [k] share of all pairs in it, summing to 1.
+      n_genuine, n_impostor: [k] pairs behind it.
+    """
+
+    prior: float
+    predicted: Floats
+    observed: Floats
+    weight: Floats
+    n_genuine: NDArray[np.int64]
+    n_impostor: NDArray[np.int64]
+
+
+def reliability(llr: ArrayLike, same: ArrayLike, *, prior: float, bins: int = 10) -> Reliability:
+    """Bins of the posterior at a named prior, for a reliability diagram.
+
+    Bins are cut at quantiles of the ratios; equal ratios are never parted, so there may be fewer bins than asked for.
+    Within a bin genuine and impostor pairs are weighted to the prior.
+
+    Args:
+      llr: [n] natural-log likelihood ratios.
+      same: [n] bool; both kinds must be present.
+      prior: share of genuine pairs in (0, 1).
+      bins: at most.
+
+    Returns:
+      `Reliability`.
+
+    Raises:
+      ValueError: as `brier`, or `bins` is below 1.
+
+    References:
+      Murphy & Winkler, "Reliability of subjective probability forecasts" (1977).
+
+    >>> found = reliability([-9.0, -9.0, 0.0, 0.0], [False, False, True, True], prior=0.5, bins=2)
+    >>> found.observed.tolist(), found.predicted.round(4).tolist(), found.weight.tolist()
+    ([0.0, 1.0], [0.0001, 0.5], [0.5, 0.5])
+    """
+    if bins < 1:
+        raise ValueError(f"bins is {bins}: give at least one.")
+    p, y = _posterior(llr, same, prior)
+    s = np.asarray(llr, np.float64)
+    _, group, count = np.unique(s, return_inverse=True, return_counts=True)
+    # The bin of a value is decided by the middle of its pairs in the order of all.
+    middle = np.cumsum(count) - count / 2
+    _, which = np.unique(np.floor(middle * bins / len(s)).astype(np.int64), return_inverse=True)
+    at = which[group]
+    weight = np.where(y, prior / y.sum(), (1 - prior) / (~y).sum())
+    total = np.bincount(at, weight).astype(np.float64)
+    return Reliability(
+        prior=prior,
+        predicted=np.bincount(at, weight * p) / total,
+        observed=np.bincount(at, weight * y) / total,
+        weight=total,
+        n_genuine=np.bincount(at, y).astype(np.int64),
+        n_impostor=np.bincount(at, ~y).astype(np.int64),
+    )
+
+
+def ece(llr: ArrayLike, same: ArrayLike, *, prior: float, bins: int = 10) -> float:
+    """Expected calibration error at a named prior: Σ weight·|observed - predicted| over the bins of `reliability`.
+
+    It is biased upwards: a perfectly calibrated head has an error of about √(1/pairs in a bin), too.
+
+    Args:
+      llr: [n] natural-log likelihood ratios.
+      same: [n] bool; both kinds must be present.
+      prior: share of genuine pairs in (0, 1).
+      bins: at most.
+
+    Returns:
+      A number in [0, 1].
+
+    Raises:
+      ValueError: as `reliability`.
+
+    References:
+      Guo et al., "On calibration of modern neural networks" (2017), eq. 3, with bins of equal mass.
+
+    >>> round(ece([-9.0, -9.0, 0.0, 0.0], [False, False, True, True], prior=0.5, bins=2), 4)
+    0.2501
+    """
+    found = reliability(llr, same, prior=prior, bins=bins)
+    return float(found.weight @ np.abs(found.observed - found.predicted))

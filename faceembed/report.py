@@ -21,7 +21,9 @@ __all__ = [
     "format_percent",
     "format_rate",
     "jsonable",
+    "resolved",
     "table",
+    "verdict",
     "write_json",
 ]
 
@@ -69,7 +71,8 @@ def format_rate(errors: int, n: int) -> str:
         raise ValueError(f"{errors} errors in {n} comparisons: errors must lie between 0 and n, and n be at least 1.")
     if errors == 0:
         return f"< {format_percent(metrics.zero_error_bound(n))} (no errors in {n:,})"
-    return _resolved(format_percent(errors / n), metrics.resolvable(errors / n, n))
+    resolution = metrics.resolvable(errors / n, n)
+    return resolved(format_percent(errors / n), resolution.status, resolution.needs)
 
 
 def format_operating_point(point: metrics.OperatingPoint) -> str:
@@ -81,13 +84,36 @@ def format_operating_point(point: metrics.OperatingPoint) -> str:
     >>> format_operating_point(point)
     '~80.00 % (FAR 1.20 %)'
     """
-    return _resolved(f"{format_percent(point.tar)} (FAR {format_percent(point.far)})", point.resolution)
+    resolution = point.resolution
+    return resolved(
+        f"{format_percent(point.tar)} (FAR {format_percent(point.far)})", resolution.status, resolution.needs
+    )
 
 
-def _resolved(text: str, resolution: metrics.Resolution) -> str:
-    if resolution.status == "unresolvable":
-        return f"not resolvable (needs {resolution.needs:,})"
-    return ("~" if resolution.status == "flagged" else "") + text
+def resolved(text: str, status: str, needs: int) -> str:
+    """A figure as far as the comparisons support its rate: as it is, flagged with "~", or withheld.
+
+    >>> resolved("80.00 %", "flagged", 3000), resolved("80.00 %", "unresolvable", 3000)
+    ('~80.00 %', 'not resolvable (needs 3,000)')
+    """
+    if status == "unresolvable":
+        return f"not resolvable (needs {needs:,})"
+    return ("~" if status == "flagged" else "") + text
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of a difference excludes, in points.
+
+    >>> verdict(-0.0018, 0.0042), verdict(0.001, 0.004)
+    ('no difference is shown; differences above 0.42 are excluded.', 'it is better, by 0.10 to 0.40.')
+    >>> verdict(-0.004, -0.001)
+    'it is worse, by 0.10 to 0.40.'
+    """
+    if low > 0:
+        return f"it is better, by {100 * low:.2f} to {100 * high:.2f}."
+    if high < 0:
+        return f"it is worse, by {-100 * high:.2f} to {-100 * low:.2f}."
+    return f"no difference is shown; differences above {100 * max(-low, high):.2f} are excluded."
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None) -> str:

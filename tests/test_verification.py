@@ -390,7 +390,7 @@ def test_results_do_not_depend_on_sides_or_order():
         compare(*parts(swapped(test)), train=swapped(train)),
         compare(*parts(test.take(order)), train=train),
     ):
-        for name in HEADS:
+        for name in first:
             for quantity in ("accuracy", "auc", "eer", "standard_error"):
                 assert getattr(other[name], quantity) == pytest.approx(getattr(first[name], quantity), abs=1e-12)
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FEATURES", "EmbeddedPairs", "abs_difference", "squared_distance"]
+__all__ = [
+    "FEATURES",
+    "EmbeddedPairs",
+    "abs_difference",
+    "abs_difference_and_dot",
+    "chi_square",
+    "chi_square_halves",
+    "cosine",
+    "product",
+    "squared_difference",
+    "squared_distance",
+]
 
 Floats = NDArray[np.floating]
 
@@ -23,6 +34,8 @@ class EmbeddedPairs:
       same: [n] bool, True where both sides show one person.
       people_a, people_b: [n] who is on each side, in ids of one comparable type, or None for both. They serve to fold
         by person and to size intervals; they never enter a score.
+      layers: name → (a, b), [n, k] each: other features of the same photos, such as an encoder's inner layers, for heads
+        named "HEAD@LAYER".
 
     Raises:
       ValueError: an array has the wrong rank or length, a row is NaN, infinite or all zero, or `same` contradicts the
@@ -34,6 +47,7 @@ class EmbeddedPairs:
     same: NDArray[np.bool_]
     people_a: NDArray[Any] | None = None
     people_b: NDArray[Any] | None = None
+    layers: Mapping[str, tuple[Floats, Floats]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         same = np.asarray(self.same)
@@ -49,6 +63,12 @@ class EmbeddedPairs:
             raise ValueError(
                 f"a has {self.a.shape[1]} numbers a row and b {self.b.shape[1]}: both sides must come from one encoder."
             )
+        checked = {}
+        for layer, (a, b) in self.layers.items():
+            checked[layer] = _embeddings(f"a@{layer}", a, len(same)), _embeddings(f"b@{layer}", b, len(same))
+            if checked[layer][0].shape != checked[layer][1].shape:
+                raise ValueError(f"layer {layer} has {np.shape(a)} on one side and {np.shape(b)} on the other.")
+        set_("layers", checked)
         if (self.people_a is None) != (self.people_b is None):
             raise ValueError("people are given for one side only: give people_a and people_b, or neither.")
         if self.people_a is None or self.people_b is None:
@@ -76,7 +96,24 @@ class EmbeddedPairs:
             self.same[index],
             None if self.people_a is None else self.people_a[index],
             None if self.people_b is None else self.people_b[index],
+            {name: (a[index], b[index]) for name, (a, b) in self.layers.items()},
         )
+
+    def at(self, layer: str | None) -> EmbeddedPairs:
+        """The same pairs with a layer's features in the place of the embeddings; themselves for None.
+
+        Raises:
+          ValueError: there is no such layer.
+        """
+        if layer is None:
+            return self
+        if layer not in self.layers:
+            known = ", ".join(self.layers) or "none"
+            raise ValueError(
+                f"there is no layer {layer!r} among the features given: {known}. Embed with that layer too."
+            )
+        a, b = self.layers[layer]
+        return EmbeddedPairs(a, b, self.same, self.people_a, self.people_b)
 
     def require_both_classes(self, what: str) -> None:
         """Raises ValueError, beginning with `what`, unless there are genuine and impostor pairs."""
@@ -118,8 +155,72 @@ def abs_difference(a: Floats, b: Floats) -> NDArray[np.float64]:
     return np.abs(np.subtract(a, b, dtype=np.float64))
 
 
+def cosine(a: Floats, b: Floats) -> NDArray[np.float64]:
+    """Cosine similarity of each pair, [n, 1], in float64, -1 to 1. On unit vectors it is 1 - squared distance / 2."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    dot = np.einsum("nd,nd->n", a, b)
+    return (dot / np.sqrt(np.einsum("nd,nd->n", a, a) * np.einsum("nd,nd->n", b, b)))[:, None]
+
+
+def squared_difference(a: Floats, b: Floats) -> NDArray[np.float64]:
+    """(f(a) - f(b))² by component, [n, d], in float64: a weight for each, and the distance is a weighted Euclidean one."""
+    return np.square(np.subtract(a, b, dtype=np.float64))
+
+
+def product(a: Floats, b: Floats) -> NDArray[np.float64]:
+    """f(a) f(b) by component, [n, d], in float64: a weighted inner product."""
+    return np.multiply(a, b, dtype=np.float64)
+
+
+def abs_difference_and_dot(a: Floats, b: Floats) -> NDArray[np.float64]:
+    """|f(a) - f(b)| by component joined with f(a)·f(b), [n, d + 1], in float64."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return np.concatenate([np.abs(a - b), np.einsum("nd,nd->n", a, b)[:, None]], axis=1)
+
+
+def chi_square(a: Floats, b: Floats) -> NDArray[np.float64]:
+    """(a - b)² / (a + b) by component, [n, d], in float64, 0 where both are 0: for NON-NEGATIVE features.
+
+    The sum of two signed components crosses zero, and the quotient with it: two numbers of opposite sign and nearly the
+    same size give an arbitrarily large value of either sign. That says nothing about the faces.
+
+    Raises:
+      ValueError: a component is negative.
+
+    References:
+      Taigman et al., "DeepFace" (2014), section 4.1, on features that are non-negative by their ReLU and lie in [0, 1].
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    if (a < 0).any() or (b < 0).any():
+        raise ValueError(
+            "chi-square features take non-negative numbers, and these embeddings have negative ones: a + b crosses zero. "
+            "Use an encoder's layer after its activation (HEAD@LAYER), or chi_square_halves."
+        )
+    total = a + b
+    return np.square(a - b) / np.where(total > 0, total, 1.0)
+
+
+def chi_square_halves(a: Floats, b: Floats) -> NDArray[np.float64]:
+    """Chi-square features of signed embeddings, [n, 2d]: of their positive parts, then of their negative parts.
+
+    max(x, 0) and max(-x, 0) are non-negative and together say all that x says. The other way out, adding a constant
+    that makes everything positive, loses the point: with x + 1 for unit vectors of 128 numbers the denominators are all
+    nearly 2, and what is left is `squared_difference` over two.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return np.concatenate(
+        [chi_square(np.maximum(a, 0), np.maximum(b, 0)), chi_square(np.maximum(-a, 0), np.maximum(-b, 0))], axis=1
+    )
+
+
 FEATURES: dict[str, Callable[[Floats, Floats], NDArray[np.float64]]] = {
     "abs_difference": abs_difference,
+    "abs_difference_and_dot": abs_difference_and_dot,
+    "chi_square": chi_square,
+    "chi_square_halves": chi_square_halves,
+    "cosine": cosine,
+    "product": product,
+    "squared_difference": squared_difference,
     "squared_distance": squared_distance,
 }
 """Features of a pair, [n, d] × [n, d] → [n, k], each exactly symmetric in its arguments."""
