@@ -239,7 +239,19 @@ def eer(scores: ArrayLike, same: ArrayLike) -> float:
     0.25
     """
     curve = roc(scores, same)
-    false, true = curve.false_accepts, curve.true_accepts
+    return eer_of_counts(curve.false_accepts, curve.true_accepts)
+
+
+def eer_of_counts(false: NDArray[np.int64], true: NDArray[np.int64]) -> float:
+    """`eer` from the counts of a ROC: pairs accepted at each threshold, from none to all.
+
+    Args:
+      false: [k] impostor pairs accepted, never falling, from 0 to all.
+      true: [k] genuine pairs accepted, likewise.
+
+    >>> eer_of_counts(np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 2, 2]))
+    0.25
+    """
     # Only an end of a vertical run can be a corner of the upper hull; the filter keeps the loop below short.
     corner = np.ones(len(false), bool)
     corner[1:-1] = (np.diff(true)[:-1] > 0) & (np.diff(false)[1:] > 0)

@@ -26,6 +26,7 @@ __all__ = [
     "Interval",
     "McNemar",
     "auc_influence",
+    "detectable",
     "differences",
     "dyadic_covariance",
     "dyadic_interval",
@@ -366,6 +367,16 @@ class Difference:
     assumes: str
 
 
+def detectable(standard_error: float, level: float) -> float:
+    """The true difference that a two-sided test at 1 - level finds with 80 % power.
+
+    >>> round(detectable(1.0, 0.95), 3)
+    2.802
+    """
+    normal = NormalDist()
+    return (normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(POWER)) * standard_error
+
+
 def differences(
     influence: ArrayLike,
     estimates: ArrayLike,
@@ -428,8 +439,7 @@ def differences(
     else:
         assumes += "; the heads are given"
     error = np.sqrt(np.diag(covariance))
-    normal = NormalDist()
-    alone = normal.inv_cdf((1 + level) / 2)
+    alone = NormalDist().inv_cdf((1 + level) / 2)
     critical = _largest_t(covariance, level, draws, seed) if k > 1 else alone
     nothing = 3 / _units(n, person_a, person_b)
     found = []
@@ -445,7 +455,7 @@ def differences(
                 simultaneous_high=value + wide,
                 level=level,
                 n=n,
-                detectable=(alone + normal.inv_cdf(POWER)) * e if e > 0 else nothing,
+                detectable=detectable(e, level) if e > 0 else nothing,
                 assumes=assumes,
             )
         )

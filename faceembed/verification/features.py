@@ -58,14 +58,17 @@ class EmbeddedPairs:
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (how a frozen dataclass converts)
         set_("same", same.astype(bool))
         for name in ("a", "b"):
-            set_(name, _embeddings(name, getattr(self, name), len(same)))
+            set_(name, require_embeddings(name, getattr(self, name), len(same)))
         if self.a.shape != self.b.shape:
             raise ValueError(
                 f"a has {self.a.shape[1]} numbers a row and b {self.b.shape[1]}: both sides must come from one encoder."
             )
         checked = {}
         for layer, (a, b) in self.layers.items():
-            checked[layer] = _embeddings(f"a@{layer}", a, len(same)), _embeddings(f"b@{layer}", b, len(same))
+            checked[layer] = (
+                require_embeddings(f"a@{layer}", a, len(same)),
+                require_embeddings(f"b@{layer}", b, len(same)),
+            )
             if checked[layer][0].shape != checked[layer][1].shape:
                 raise ValueError(f"layer {layer} has {np.shape(a)} on one side and {np.shape(b)} on the other.")
         set_("layers", checked)
@@ -124,7 +127,17 @@ class EmbeddedPairs:
             )
 
 
-def _embeddings(name: str, value: Any, n: int) -> Floats:
+def require_embeddings(name: str, value: Any, n: int) -> Floats:
+    """Embeddings as floats, checked.
+
+    Args:
+      name: what to call them in an error.
+      value: [n, d]; float32 and float64 are kept, other types become float64.
+      n: rows that there must be.
+
+    Raises:
+      ValueError: the wrong rank or length, or rows that are NaN, infinite or all zero, which are named.
+    """
     emb = np.asarray(value)
     if emb.ndim != 2 or emb.shape[1] == 0:
         raise ValueError(f"{name} has shape {emb.shape}: give embeddings [n, d], one row a photo.")
