@@ -140,6 +140,45 @@ class Embedder:
             raise ValueError(f"the policy has no head {name!r}; it has {', '.join(self.policy['heads'])}.")
         return heads.Head.from_dict(self.policy["heads"][name])
 
+    def threshold(self, fmr: float, head: str = "logistic_distance") -> float:
+        """The threshold that was set for a false match rate on all pairs of calibrate people's photos.
+
+        Raises:
+          ValueError: if the checkpoint has no policy or no such head, or its people could not resolve that rate.
+        """
+        self.head(head)
+        assert self.policy is not None
+        points = {point["fmr"]: point["threshold"] for point in self.policy["operating_points"][head]}
+        if fmr not in points:
+            known = ", ".join(f"{rate:g}" for rate in points) or "none"
+            raise ValueError(
+                f"the policy of {self.path} has no threshold of {head} for an FMR of {fmr:g}; it has them for {known}. "
+                "A rate needs 10 false matches among calibrate people: train with more people for a smaller one."
+            )
+        return float(points[fmr])
+
+    def same(self, a: np.ndarray, b: np.ndarray, *, fmr: float, head: str = "logistic_distance") -> np.ndarray:
+        """Do both sides show one person, at a false match rate?
+
+        Args:
+          a, b: embeddings [n, d] or [d], or crops uint8 [n, size, size, 3] or [size, size, 3].
+          fmr: one that the policy has a threshold for, such as 1e-3.
+          head: a head of the policy.
+
+        Returns:
+          [n] bool; one bool for one pair.
+
+        Raises:
+          ValueError: as `threshold`, or the two sides do not fit each other or the checkpoint.
+        """
+        sides = [np.asarray(side) for side in (a, b)]
+        one = all(side.ndim == (3 if side.dtype == np.uint8 else 1) for side in sides)
+        if one:
+            sides = [side[None] for side in sides]
+        emb = [self(side) if side.dtype == np.uint8 else side for side in sides]
+        accepted = self.head(head).score(*emb) >= self.threshold(fmr, head)
+        return accepted[0] if one else accepted
+
     def __call__(self, images: np.ndarray, batch: int = 256) -> np.ndarray:
         """Embeds crops.
 

@@ -10,10 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from faceembed import checkpoint, embed, metrics, page, report
+from faceembed import checkpoint, embed, page, report
 from faceembed.data import pairs as pair_lists
 from faceembed.data import pipeline, sources, splits
-from faceembed.verification import USUAL_HEADS, EmbeddedPairs, HeadResult, Results, compare
+from faceembed.verification import EmbeddedPairs, Head, HeadResult, Results, compare, dense
+from faceembed.verification.dense import DenseResults
+from faceembed.verification.heads import layers_of
+
+CHUNK = 4096
+"""Photos decoded at once: bounds memory whatever the size of the source."""
 
 SHOWN = 12
 """Of the hardest genuine pairs, and of the hardest impostor pairs, as many are in a report."""
@@ -49,8 +54,34 @@ def training_people(embedder: embed.Embedder, people: Sequence[str] | np.ndarray
     return [str(person) for person in people if person_hash(person) in known]
 
 
+def embed_photos(
+    embedder: embed.Embedder, photos: sources.Photos, *, layers: Sequence[str] = (), progress: bool = True
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Embeddings [n, d] of photos, and the features [n, k] of the layers named.
+
+    Raises:
+      ValueError: if a photo does not decode, or the encoder has no such layer.
+    """
+    embeddings, features = [], []
+    with sources.progress_bar(None, len(photos), "embedding", shown=progress and len(photos) > CHUNK) as bar:
+        for start in range(0, len(photos), CHUNK):
+            mask = np.zeros(len(photos), bool)
+            mask[start : start + CHUNK] = True
+            crops = pipeline.decode_all(sources.select(photos, mask), embedder.size, progress=False)
+            embeddings.append(embedder(crops))
+            if layers:
+                features.append(embedder.layers(crops, layers))
+            bar.update(len(crops))
+    return np.concatenate(embeddings), {name: np.concatenate([part[name] for part in features]) for name in layers}
+
+
 def embed_pairs(
-    embedder: embed.Embedder, photos: sources.Photos, pairs: pair_lists.Pairs, *, progress: bool = True
+    embedder: embed.Embedder,
+    photos: sources.Photos,
+    pairs: pair_lists.Pairs,
+    *,
+    layers: Sequence[str] = (),
+    progress: bool = True,
 ) -> EmbeddedPairs:
     """Embeds both sides of each pair; a photo in several pairs is embedded once.
 
@@ -61,11 +92,38 @@ def embed_pairs(
     used, place = np.unique(np.concatenate([first, second]), return_inverse=True)
     mask = np.zeros(len(photos), bool)
     mask[used] = True
-    crops = pipeline.decode_all(sources.select(photos, mask), embedder.size, progress=progress)
-    emb = embedder(crops)
+    emb, inner = embed_photos(embedder, sources.select(photos, mask), layers=layers, progress=progress)
     who = photos.people[photos.identity]
     one, other = place[: len(first)], place[len(first) :]
-    return EmbeddedPairs(emb[one], emb[other], pairs.same, who[first], who[second])
+    features = {name: (value[one], value[other]) for name, value in inner.items()}
+    return EmbeddedPairs(emb[one], emb[other], pairs.same, who[first], who[second], features)
+
+
+def compare_photos(
+    embedder: embed.Embedder,
+    photos: sources.Photos,
+    heads: Mapping[str, Head],
+    *,
+    thresholds: Mapping[str, Mapping[float, float]] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> DenseResults:
+    """Every photo against every other, by fitted heads; `options` are those of `verification.compare_all`.
+
+    Raises:
+      ValueError: as `embed_photos` and `verification.compare_all`.
+    """
+    emb, layers = embed_photos(embedder, photos, layers=layers_of(heads), progress=progress)
+    who = photos.people[photos.identity]
+    return dense.compare_all(emb, who, heads, thresholds=thresholds, layers=layers, **options)
+
+
+def thresholds_of(results: DenseResults) -> dict[str, dict[float, float]]:
+    """Head → FMR → threshold, for the FMRs that these photos resolve."""
+    return {
+        name: {fmr: point.threshold for fmr, point in head.tar.items() if point.resolution}
+        for name, head in results.heads.items()
+    }
 
 
 def compare_pairs(
@@ -74,36 +132,48 @@ def compare_pairs(
     *,
     fit: EmbeddedPairs | None = None,
     folds: np.ndarray | None = None,
-    heads: Sequence[str] = USUAL_HEADS,
+    **options: Any,
 ) -> Results:
-    """Heads on tested pairs, with a warning when tested people are among the checkpoint's training people."""
-    results = compare(test.a, test.b, test.same, test.people_a, test.people_b, train=fit, folds=folds, heads=heads)
-    people = np.unique(np.concatenate([test.people_a, test.people_b]))
+    """Heads on tested pairs, with a warning when tested people are among the checkpoint's training people.
+
+    `options` are those of `verification.compare`.
+    """
+    results = compare(
+        test.a, test.b, test.same, test.people_a, test.people_b, train=fit, folds=folds, layers=test.layers, **options
+    )
+    warning = trained_on(embedder, np.unique(np.concatenate([test.people_a, test.people_b])))
+    return dataclasses.replace(results, warnings=(*results.warnings, *warning))
+
+
+def trained_on(embedder: embed.Embedder, people: np.ndarray) -> tuple[str, ...]:
+    """A warning if some of these people are among the checkpoint's training people."""
     shared = training_people(embedder, people)
     if not shared:
-        return results
-    warning = (
+        return ()
+    return (
         f"{len(shared)} of {len(people)} tested people have names that are among the training people of "
-        f"{embedder.path} (such as {', '.join(shared[:3])}): the figures are not those of strangers."
+        f"{embedder.path} (such as {', '.join(shared[:3])}): the figures are not those of strangers.",
     )
-    return dataclasses.replace(results, warnings=(*results.warnings, warning))
 
 
-def _operating_points(result: HeadResult) -> list[dict[str, Any]]:
-    """Thresholds with the FMR each was set for on calibrate people; an FMR that their pairs cannot resolve has none."""
-    points = []
-    for point in result.tar.values():
-        resolution = metrics.resolvable(point.target, point.n_impostor_train)
-        if resolution:
-            points.append(
-                {
-                    "fmr": point.target,
-                    "threshold": point.threshold,
-                    "impostor_pairs": point.n_impostor_train,
-                    "resolution": resolution.status,
-                }
-            )
-    return points
+POLICY_FMRS = (0.1, 0.01, 0.001, 0.0001, 0.00001)
+"""For which a checkpoint's policy holds thresholds, as far as the calibrate people resolve them."""
+
+
+def _operating_points(results: DenseResults, name: str) -> list[dict[str, Any]]:
+    """A head's thresholds with the FMR each was set for; an FMR that the photos cannot resolve has none."""
+    return [
+        {
+            "fmr": point.fmr,
+            "threshold": point.threshold,
+            "threshold_interval": [point.threshold_low, point.threshold_high],
+            "impostor_pairs": results.n_impostor,
+            "people": results.n_people,
+            "resolution": point.resolution.status,
+        }
+        for point in results[name].tar.values()
+        if point.resolution
+    ]
 
 
 def hardest(
@@ -246,11 +316,13 @@ def final_report(
     print(f"heads fitted on {len(people_of['calibrate'].people)} calibrate people\n\n{results}\n")
     content = {"checkpoint": str(embedder.path), "source": people_of["report"].source, "results": results.to_dict()}
     report.write_json(run / "results.json", content)
+    heads = {name: result.fitted[0] for name, result in results.heads.items()}
+    everyone = compare_photos(embedder, people_of["calibrate"], heads, fmrs=POLICY_FMRS, progress=progress)
     policy = {
         "fingerprint": checkpoint.fingerprint(embedder.variables),
         "fitted_on": {"source": people_of["calibrate"].source, "people": len(people_of["calibrate"].people)},
-        "heads": {name: result.fitted[0].to_dict() for name, result in results.heads.items()},
-        "operating_points": {name: _operating_points(result) for name, result in results.heads.items()},
+        "heads": {name: head.to_dict() for name, head in heads.items()},
+        "operating_points": {name: _operating_points(everyone, name) for name in heads},
     }
     report.write_json(run / "policy.json", policy)
     photos = people_of["report"]

@@ -87,6 +87,7 @@ class DensePoint:
     Attributes:
       fmr: the target.
       threshold: the lowest at which FMR <= target, by the rule of `metrics.threshold_at_far`.
+      threshold_low, threshold_high: percentile interval of what other people would have set it to.
       realised: share of impostor pairs accepted, at most `fmr`.
       false_matches: how many.
       tar: mean over the people with two photos or more of the share of their genuine pairs accepted; FNMR is 1 - tar.
@@ -98,6 +99,8 @@ class DensePoint:
 
     fmr: float
     threshold: float
+    threshold_low: float
+    threshold_high: float
     realised: float
     false_matches: int
     tar: float
@@ -482,7 +485,7 @@ def compare_all(
         drawn[name], by_pair = _tars(genuine, poisson, cut)
         band, _ = _tars(genuine, halves, band_cut)
         results[name] = _result(
-            name, images, genuine, impostor, poisson, targets, given, level, drawn[name], by_pair, grid, band
+            name, images, genuine, impostor, poisson, targets, given, level, cut, drawn[name], by_pair, grid, band
         )
     return DenseResults(
         heads=results,
@@ -661,7 +664,9 @@ class _Scores:
         if not np.isfinite(found.sum()) or np.abs(found).max() > np.finfo(np.float32).max:
             i, j = np.argwhere(~(np.abs(found) <= np.finfo(np.float32).max))[0]
             pair = sorted((int(self.row[rows][i]), int(self.row[columns][j])))
-            raise ValueError(f"head {self.name} gives the score {found[i, j]} to the images in rows {pair[0]} and {pair[1]}.")
+            raise ValueError(
+                f"head {self.name} gives the score {found[i, j]} to the images in rows {pair[0]} and {pair[1]}."
+            )
         return found
 
 
@@ -797,7 +802,9 @@ def _impostor(
             parts, bound = _highest(parts, keep, bound, floor)
             held = len(parts[0][0])
             if held > MAX_TAIL:
-                why = f"the threshold {floor:g}, given for it, accepts" if bound == floor else f"the score {bound:g} ties"
+                why = (
+                    f"the threshold {floor:g}, given for it, accepts" if bound == floor else f"the score {bound:g} ties"
+                )
                 raise ValueError(
                     f"head {scores.name}: {why} more than {MAX_TAIL:,} impostor pairs, which is what memory is meant for. "
                     "Take fewer images, or leave this head's threshold out."
@@ -981,6 +988,7 @@ def _result(
     targets: list[float],
     given: dict[float, float],
     level: float,
+    cuts: NDArray[np.float32],
     drawn: Floats,
     drawn_pairs: Floats,
     grid: Floats,
@@ -990,11 +998,14 @@ def _result(
     points: dict[float, DensePoint] = {}
     for f, fmr in enumerate(targets):
         threshold = _threshold(impostor, fmr)
+        threshold_low, threshold_high = np.quantile(cuts[f], [(1 - level) / 2, (1 + level) / 2]).tolist()
         false = _count(impostor, threshold)
         tar, tar_pairs = _tar_at(genuine, threshold)
         points[fmr] = DensePoint(
             fmr=fmr,
             threshold=threshold,
+            threshold_low=threshold_low,
+            threshold_high=threshold_high,
             realised=false / impostor.n,
             false_matches=false,
             tar=tar,
