@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from faceembed.data import pipeline, sources, splits
 from faceembed.verification import EmbeddedPairs, Head, HeadResult, Results, compare, dense
 from faceembed.verification.dense import DenseResults
 from faceembed.verification.heads import layers_of
+from faceembed.verification.slices import Slice
 
 CHUNK = 4096
 """Photos decoded at once: bounds memory whatever the size of the source."""
@@ -208,7 +210,7 @@ def hardest(
 def hardest_pairs(
     result: HeadResult, pairs: pair_lists.Pairs, photos: sources.Photos, *, size: int, progress: bool = True
 ) -> list[page.Pair]:
-    """The pairs that a head finds hardest, with their crops, which are read again: no others are kept in memory.
+    """The pairs of a list that a head finds hardest, with their crops, which are read again: no others are kept in memory.
 
     Args:
       result: of these pairs, in their order.
@@ -219,34 +221,67 @@ def hardest_pairs(
     first, second = pair_lists.resolve(pairs, photos)
     who = photos.people[photos.identity]
     chosen = hardest(result.scores - result.cuts, pairs.same, who[first], who[second])
-    sides = first[chosen], second[chosen]
-    used = np.unique(np.concatenate(sides))
+    accepted = result.scores >= result.cuts
+    return _with_crops(
+        photos, first[chosen], second[chosen], result.scores[chosen], accepted[chosen], size=size, progress=progress
+    )
+
+
+def hardest_of_all(
+    results: DenseResults, name: str, photos: sources.Photos, *, size: int, progress: bool = True
+) -> list[page.Pair]:
+    """Of all pairs of photos the genuine ones with the lowest scores and the impostor ones with the highest, with crops.
+
+    Whether they were accepted is told at the strictest FMR that these photos resolve.
+    """
+    head = results[name]
+    found = [*head.false_non_matches[:SHOWN], *head.false_matches[:SHOWN]]
+    first, second, score = (np.array(column) for column in zip(*found, strict=True))
+    point = min((p for p in head.tar.values() if p.resolution), key=lambda p: p.fmr, default=None)
+    cut = point.threshold if point else np.inf
+    return _with_crops(photos, first, second, score, score >= cut, size=size, progress=progress)
+
+
+def _with_crops(
+    photos: sources.Photos,
+    first: np.ndarray,
+    second: np.ndarray,
+    scores: np.ndarray,
+    accepted: np.ndarray,
+    *,
+    size: int,
+    progress: bool,
+) -> list[page.Pair]:
+    used = np.unique(np.concatenate([first, second]))
     mask = np.zeros(len(photos), bool)
     mask[used] = True
     crops = pipeline.decode_all(sources.select(photos, mask), size, progress=progress)
-    crop_a, crop_b = (crops[np.searchsorted(used, side)] for side in sides)
+    who = photos.people[photos.identity]
     return [
         page.Pair(
-            same=bool(pairs.same[i]),
-            accepted=bool(result.scores[i] >= result.cuts[i]),
-            score=float(result.scores[i]),
-            crops=(crop_a[at], crop_b[at]),
-            people=(str(who[first[i]]), str(who[second[i]])),
-            photos=(str(pairs.key_a[i]), str(pairs.key_b[i])),
+            same=bool(who[i] == who[j]),
+            accepted=bool(yes),
+            score=float(score),
+            crops=(crops[np.searchsorted(used, i)], crops[np.searchsorted(used, j)]),
+            people=(str(who[i]), str(who[j])),
+            photos=(str(photos.keys[i]), str(photos.keys[j])),
         )
-        for at, i in enumerate(chosen)
+        for i, j, score, yes in zip(first, second, scores, accepted, strict=True)
     ]
 
 
 def make_page(
     embedder: embed.Embedder,
-    results: Results,
-    pairs: pair_lists.Pairs,
     photos: sources.Photos,
     *,
     title: str,
     tested: str,
     commands: Mapping[str, str],
+    results: Results | None = None,
+    pairs: pair_lists.Pairs | None = None,
+    everyone: DenseResults | None = None,
+    slices: Sequence[Slice] = (),
+    warnings: Sequence[str] = (),
     run: Path | None = None,
     progress: bool = True,
 ) -> page.Page:
@@ -254,30 +289,56 @@ def make_page(
 
     Args:
       embedder: what was tested.
-      results: of these pairs, in their order.
-      pairs, photos: what was compared.
+      photos: what was compared.
       title, tested, commands: see `page.Page`.
+      results, pairs: of a list of pairs, in its order; both or neither.
+      everyone: of all photos against each other.
+      slices: of the list, by the head of `page.headline`.
+      warnings: shown beside those of the results.
       run: the run directory whose training curves, events and versions are shown, too.
       progress: show a bar.
     """
     trained = {
         name: embedder.data.get(name) for name in ("source", "people", "photos", "problems", "step", "fingerprint")
     }
+    pre = embedder.config.preprocess
     facts: dict[str, dict[str, Any]] = {
         "Trained on": trained,
         "Tested on": {"source": photos.source, "photos": len(photos), "fingerprint": photos.fingerprint},
+        "How photos are read": {
+            "template": pre.template,
+            "size": pre.size,
+            "mean, scale": f"{pre.mean:g}, {pre.scale:g}",
+            "colour": pre.colour,
+            "flip": pre.flip,
+            "detector": "none: photos are taken as they are framed",
+        },
+        "Versions": {
+            name: importlib.metadata.version(name) for name in ("faceembed", "jax", "flax", "numpy", "scikit-learn")
+        },
     }
     environment = run / "environment.json" if run else None
     if environment and environment.exists():
-        facts["Versions and processor"] = json.loads(environment.read_text())
-    hard = results[page.headline(results)]
+        facts["Versions and processor of the training"] = json.loads(environment.read_text())
+    if results is not None and pairs is not None:
+        head = results[page.headline(results)]
+        hard = hardest_pairs(head, pairs, photos, size=embedder.size, progress=progress)
+    elif everyone is not None:
+        hard = hardest_of_all(everyone, page.headline(everyone), photos, size=embedder.size, progress=progress)
+    else:
+        hard = []
+    listed = {} if results is None else results.to_dict()
+    dense = {} if everyone is None else everyone.to_dict()
     return page.Page(
         title=title,
         tested=tested,
-        results=results.to_dict(),
-        scores={name: result.scores for name, result in results.heads.items()},
-        same=pairs.same,
-        hardest=hardest_pairs(hard, pairs, photos, size=embedder.size, progress=progress),
+        results=listed,
+        scores={} if results is None else {name: result.scores for name, result in results.heads.items()},
+        same=np.zeros(0, bool) if pairs is None else pairs.same,
+        everyone=dense,
+        slices=[part.row() for part in slices],
+        warnings=warnings,
+        hardest=hard,
         rows=_json_lines(run / "metrics.jsonl") if run else (),
         events=_json_lines(run / "events.jsonl") if run else (),
         settings=page.settings(embedder.config),
@@ -314,15 +375,25 @@ def final_report(
     results = compare_pairs(embedder, test, fit=fit)
     print(f"\nverification of {len(people_of['report'].people)} report people by {embedder.path}")
     print(f"heads fitted on {len(people_of['calibrate'].people)} calibrate people\n\n{results}\n")
-    content = {"checkpoint": str(embedder.path), "source": people_of["report"].source, "results": results.to_dict()}
-    report.write_json(run / "results.json", content)
     heads = {name: result.fitted[0] for name, result in results.heads.items()}
-    everyone = compare_photos(embedder, people_of["calibrate"], heads, fmrs=POLICY_FMRS, progress=progress)
+    calibrated = compare_photos(embedder, people_of["calibrate"], heads, fmrs=POLICY_FMRS, progress=progress)
+    everyone = compare_photos(
+        embedder, people_of["report"], heads, thresholds=thresholds_of(calibrated), progress=progress
+    )
+    print(f"{everyone}\n")
+    content = {
+        "schema": report.SCHEMA,
+        "checkpoint": str(embedder.path),
+        "source": people_of["report"].source,
+        "results": results.to_dict(),
+        "all_pairs": everyone.to_dict(),
+    }
+    report.write_json(run / "results.json", content)
     policy = {
         "fingerprint": checkpoint.fingerprint(embedder.variables),
         "fitted_on": {"source": people_of["calibrate"].source, "people": len(people_of["calibrate"].people)},
         "heads": {name: head.to_dict() for name, head in heads.items()},
-        "operating_points": {name: _operating_points(everyone, name) for name in heads},
+        "operating_points": {name: _operating_points(calibrated, name) for name in heads},
     }
     report.write_json(run / "policy.json", policy)
     photos = people_of["report"]
@@ -332,8 +403,8 @@ def final_report(
     commands = {"Train again": command} if command else {}
     commands["Verify again"] = shlex.join(again)
     shown = make_page(
-        embedder, results, listed["report"], photos, title=run.name or str(run), commands=commands, run=run,
-        progress=progress,
+        embedder, photos, results=results, pairs=listed["report"], everyone=everyone, title=run.name or str(run),
+        commands=commands, run=run, progress=progress,
         tested=f"{len(photos.people)} people of {photos.source} who were set aside: neither the training, nor the choice "
         f"of the checkpoint (step {embedder.path.name} of {embedder.config.steps}), nor a head or threshold has seen them. "
         f"Heads were fitted on {len(people_of['calibrate'].people)} others.",

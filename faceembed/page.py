@@ -73,9 +73,12 @@ class Page:
     Attributes:
       title: of the page.
       tested: what was verified, in a sentence.
-      results: `Results.to_dict()`.
+      results: `Results.to_dict()` of a list of pairs, or nothing.
       scores: head → [n] scores of the tested pairs, higher = same person.
       same: [n] bool, True for genuine pairs.
+      everyone: `DenseResults.to_dict()` of all photos against each other, or nothing.
+      slices: rows of `slices.Slice.row()`.
+      warnings: what a reader must know, beside the warnings of `results`.
       hardest: pairs that the head of `headline` finds hardest.
       rows: of metrics.jsonl, each with its "step".
       events: of events.jsonl: step, kind, message.
@@ -86,9 +89,12 @@ class Page:
 
     title: str
     tested: str
-    results: Mapping[str, Any]
-    scores: Mapping[str, Floats]
-    same: NDArray[np.bool_]
+    results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scores: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
+    same: NDArray[np.bool_] = dataclasses.field(default_factory=lambda: np.zeros(0, bool))
+    everyone: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    slices: Rows = ()
+    warnings: Sequence[str] = ()
     hardest: Sequence[Pair] = ()
     rows: Rows = ()
     events: Rows = ()
@@ -139,7 +145,10 @@ def render(page: Page) -> str:
     parts = [
         _header(page),
         _section("results", "Heads side by side", _heads(page)),
+        _section("differences", "Is one better?", _differences(page)),
+        _section("everyone", "Every photo against every other", _everyone(page)),
         _section("scores", "Where the errors lie", _score_figures(page)),
+        _section("slices", "Whom it suits less well", _slices(page)),
         _section("hardest", "The hardest pairs", _hardest(page)),
         _section("training", "Training", _training(page)),
         _section("provenance", "Where this comes from", _provenance(page)),
@@ -161,6 +170,53 @@ def render(page: Page) -> str:
 
 
 def _header(page: Page) -> str:
+    figure = _headline_of_list(page) if page.results else _headline_of_everyone(page)
+    warnings = [*page.results.get("warnings", ()), *page.warnings]
+    notes = "".join(f'<p class="note warning"><b>Warning.</b> {_e(warning)}</p>' for warning in warnings)
+    for event in page.events[:EVENTS]:
+        notes += f'<p class="note event"><b>Step {_e(event["step"])}.</b> {_e(event["message"])}</p>'
+    if len(page.events) > EVENTS:
+        notes += f'<p class="small">{len(page.events) - EVENTS} more events are in events.jsonl.</p>'
+    return (
+        f'<header id="top">\n<p class="over">faceembed · verification report</p>\n<h1>{_e(page.title)}</h1>\n'
+        f'<p class="lead">{_e(page.tested)}</p>\n{figure}\n{notes}\n</header>'
+    )
+
+
+def _tiles(tiles: Sequence[tuple[str, str, str]]) -> str:
+    shown = "".join(
+        f"<div><dt>{_e(what)}</dt><dd><b>{_e(value)}</b><span>{_e(words)}</span></dd></div>"
+        for what, value, words in tiles
+    )
+    return f'<dl class="tiles">{shown}</dl>'
+
+
+def _headline_of_everyone(page: Page) -> str:
+    results = page.everyone
+    name = headline(results["heads"])
+    head = results["heads"][name]
+    points = [point for point in head["tar"] if point["resolution"]["status"] != "unresolvable"]
+    point = min(points, key=lambda p: p["fmr"]) if points else head["tar"][0]
+    interval = point["interval"]
+    level = f"{100 * interval['level']:g} %"
+    n = results["n_genuine"] + results["n_impostor"]
+    tiles = [
+        ("AUC", f"{head['auc']:.4f}", "how often a genuine pair outscores an impostor pair"),
+        ("EER", report.format_percent(head["eer"]), "error rate where false matches and false non-matches are equal"),
+        ("by pairs", report.format_percent(point["tar_pairs"]), "the same, every genuine pair weighing equally"),
+        ("compared", f"{n:,}", f"{results['n_genuine']:,} genuine, {results['n_impostor']:,} impostor pairs"),
+    ]
+    return (
+        f'<div class="headline"><p class="figure">{_e(report.format_percent(point["tar"]))}</p>'
+        f"<p>of a person's own photos are recognised where {100 * point['fmr']:g} % of strangers are taken for somebody "
+        f"else: mean over {results['n_genuine_people']:,} people. "
+        f"<span>With the head <code>{_e(name)}</code>; {level} interval "
+        f"{_e(report.format_percent(interval['low']))} to {_e(report.format_percent(interval['high']))}.</span></p></div>\n"
+        + _tiles(tiles)
+    )
+
+
+def _headline_of_list(page: Page) -> str:
     results = page.results
     name = headline(results["heads"])
     head = results["heads"][name]
@@ -185,23 +241,12 @@ def _header(page: Page) -> str:
             )
         )
     tiles.append(("tested pairs", f"{n:,}", f"{results['n_genuine']:,} genuine, {results['n_impostor']:,} impostor"))
-    shown = "".join(
-        f"<div><dt>{_e(what)}</dt><dd><b>{_e(value)}</b><span>{_e(words)}</span></dd></div>"
-        for what, value, words in tiles
-    )
-    notes = "".join(f'<p class="note warning"><b>Warning.</b> {_e(warning)}</p>' for warning in results["warnings"])
-    for event in page.events[:EVENTS]:
-        notes += f'<p class="note event"><b>Step {_e(event["step"])}.</b> {_e(event["message"])}</p>'
-    if len(page.events) > EVENTS:
-        notes += f'<p class="small">{len(page.events) - EVENTS} more events are in events.jsonl.</p>'
     return (
-        f'<header id="top">\n<p class="over">faceembed · verification report</p>\n<h1>{_e(page.title)}</h1>\n'
-        f'<p class="lead">{_e(page.tested)}</p>\n'
         f'<div class="headline"><p class="figure">{_e(report.format_percent(head["accuracy"]))}</p>'
         f"<p>of {n:,} pairs of photos{people} were decided correctly: same person, or two? "
         f"<span>With the head <code>{_e(name)}</code>; {level} interval "
         f"{_e(report.format_percent(interval['low']))} to {_e(report.format_percent(interval['high']))}.</span></p></div>\n"
-        f'<dl class="tiles">{shown}</dl>\n{notes}\n</header>'
+        + _tiles(tiles)
     )
 
 
@@ -210,12 +255,14 @@ def _operating_point(point: Mapping[str, Any]) -> metrics.OperatingPoint:
 
 
 def _heads(page: Page) -> str:
+    if not page.results:
+        return ""
     heads = page.results["heads"]
     first = next(iter(heads.values()))
     fars = [point["target"] for point in first["tar"]]
     level = f"{100 * first['interval']['level']:g} %"
     names = ["head", "accuracy", f"{level} interval", "AUC", "EER"]
-    names += [*(f"TAR @ FAR {100 * far:g} %" for far in fars), "Cllr, bits", "threshold"]
+    names += [*(f"TAR @ FAR {100 * far:g} %" for far in fars), "Cllr, bits", "Brier, ECE", "threshold"]
     rows, flagged = [], False
     for name, head in heads.items():
         points = [_operating_point(point) for point in head["tar"]]
@@ -230,10 +277,11 @@ def _heads(page: Page) -> str:
                 + _beneath(spread),
                 _solid(report.format_interval(interval["low"], interval["high"]))
                 + _beneath(f"effective n {interval['n_effective']:,.0f}"),
-                f"{head['auc']:.4f}",
+                f"{head['auc']:.4f}" + _beneath(f"{head['auc_low']:.4f} to {head['auc_high']:.4f}"),
                 _solid(report.format_percent(head["eer"])),
                 *(_tar(point) for point in points),
-                "-" if head["cllr"] is None else f"{head['cllr']:.3f}",
+                ("-" if head["cllr"] is None else f"{head['cllr']:.3f}") + _beneath(f"least {head['min_cllr']:.3f}"),
+                "-" if head["brier"] is None else f"{head['brier']:.4f}" + _beneath(f"ECE {100 * head['ece']:.1f} %"),
                 _several(head["threshold"]),
             ]
         )
@@ -243,10 +291,262 @@ def _heads(page: Page) -> str:
         f"The intervals assume: {first['interval']['assumes']}.",
         "TAR: genuine pairs accepted, and beneath it the impostor pairs accepted with them; the threshold was set, for the "
         "FAR above, on the pairs that fitted the head.",
+        "Least: what the best calibration of the same scores would cost. Brier score and calibration error (ECE) are at "
+        "equally many genuine and impostor pairs.",
     ]
     if flagged:
         notes.append("~ rests on fewer than 30 expected false accepts.")
     return _table(names, rows, wide=True) + f'<p class="small">{_e(" ".join(notes))}</p>'
+
+
+def _differences(page: Page) -> str:
+    results = page.results
+    if not results or not results["differences"].get(results["primary"]):
+        return ""
+    figures = []
+    for quantity, found in results["differences"].items():
+        words = _quantity(quantity)
+        svg = plots.forest(
+            [_estimate(name, difference) for name, difference in found.items()],
+            title=f"Minus {results['reference']}: {words}",
+            x_label="points",
+        )
+        note = "Declared in advance to compare by." if quantity == results["primary"] else ""
+        figures.append(_figure(f"difference-{quantity}", svg, note))
+    rows = [
+        [
+            f"<code>{_e(name)}</code>",
+            f"{100 * difference['estimate']:+.2f}",
+            _e(_between(difference)),
+            f"{100 * difference['detectable']:.2f}",
+            _p_value(results["mcnemar"][name]["p"]),
+        ]
+        for name, difference in results["differences"][results["primary"]].items()
+    ]
+    primary = _quantity(results["primary"])
+    table = _table(
+        ["head", f"difference in {primary}, points", "interval for all at once", "detectable", "McNemar p"], rows
+    )
+    sentences = "".join(f"<p>{_e(sentence)}</p>" for sentence in results["conclusions"])
+    refits = ", heads refitted on training people drawn anew" if results["refits"] else "; the heads are given"
+    notes = (
+        "Thick: the interval of this head alone; thin: intervals that hold for all heads at once. They allow for pairs "
+        f"that share people{refits}. Detectable: the true difference that such data would show four times in five. "
+        "McNemar's test assumes independent pairs."
+    )
+    return f'{sentences}<div class="figures">{"".join(figures)}</div>{table}<p class="small">{_e(notes)}</p>'
+
+
+def _quantity(name: str) -> str:
+    if name.startswith("tar@"):
+        return f"TAR at matched FAR {100 * float(name[4:]):g} %"
+    return {"accuracy": "accuracy", "auc": "AUC"}[name]
+
+
+def _estimate(name: str, difference: Mapping[str, Any], value: str = "estimate") -> plots.Estimate:
+    return plots.Estimate(
+        name=name,
+        value=100 * difference[value],
+        low=100 * difference["low"],
+        high=100 * difference["high"],
+        wide_low=100 * difference["simultaneous_low"],
+        wide_high=100 * difference["simultaneous_high"],
+    )
+
+
+def _between(difference: Mapping[str, Any]) -> str:
+    return f"{100 * difference['simultaneous_low']:+.2f} to {100 * difference['simultaneous_high']:+.2f}".replace(
+        "-", "−"
+    )
+
+
+def _p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "&lt; 0.001"
+
+
+def _everyone(page: Page) -> str:
+    results = page.everyone
+    if not results:
+        return ""
+    heads = results["heads"]
+    first = next(iter(heads.values()))
+    level = f"{100 * results['level']:g} %"
+    rows = []
+    for name, head in heads.items():
+        cells = []
+        for point in head["tar"]:
+            if point["resolution"]["status"] == "unresolvable":
+                cells.append("-" + _beneath(f"needs\u00a0{point['resolution']['needs']:,} pairs"))
+                continue
+            flag = "~" if point["resolution"]["status"] == "flagged" else ""
+            interval = report.format_interval(point["interval"]["low"], point["interval"]["high"], digits=1)
+            by_pair = f"by pairs {report.format_percent(point['tar_pairs'], digits=1)}"
+            tar = flag + report.format_percent(point["tar"], digits=1)
+            cells.append(_solid(tar) + _beneath(interval) + _beneath(by_pair))
+        rows.append(
+            [f"<code>{_e(name)}</code>", *cells, f"{head['auc']:.4f}", _solid(report.format_percent(head["eer"]))]
+        )
+    names = ["head", *(f"TAR @ FMR {100 * point['fmr']:g} %" for point in first["tar"]), "AUC", "EER"]
+    parts = [
+        f"<p>{results['n_images']:,} photos of {results['n_people']:,} people: {results['n_genuine']:,} genuine and "
+        f"{results['n_impostor']:,} impostor pairs, counted one by one. In TAR each of the {results['n_genuine_people']:,} "
+        "people with two photos or more weighs equally; weighing pairs equally would leave the say to "
+        f"{results['effective_people']:,.1f} people.</p>",
+        _table(names, rows, wide=True),
+        f'<p class="small">[ ]: {level} intervals over {results["draws"]:,} draws of people; thresholds at each FMR of '
+        "these photos, to compare heads at one point. The heads are given.</p>",
+    ]
+    moved = [
+        [
+            f"<code>{_e(name)}</code>",
+            f"{100 * point['target']:g}\u00a0%",
+            _solid(f"{100 * point['fmr']:.3g} %") + _beneath(_tight(point["fmr_interval"])),
+            _solid(report.format_percent(point["fnmr"])) + _beneath(_tight(point["fnmr_interval"])),
+        ]
+        for name, head in heads.items()
+        for point in head["transferred"]
+    ]
+    if moved:
+        parts.append("<h3>At thresholds that were set on other people</h3>")
+        parts.append(_table(["head", "set for FMR", "FMR here", "FNMR"], moved))
+    figures = []
+    for fmr in sorted({difference["fmr"] for difference in results["differences"]}):
+        found = [d for d in results["differences"] if d["fmr"] == fmr and d["resolution"]["status"] != "unresolvable"]
+        if found:
+            svg = plots.forest(
+                [_estimate(difference["head"], difference, "difference") for difference in found],
+                title=f"Minus {results['reference']}: TAR at FMR {100 * fmr:g} %",
+                x_label="points",
+            )
+            figures.append(_figure(f"everyone-difference-{fmr:g}", svg, ""))
+    figures.insert(0, _figure("everyone-roc", _dense_roc(results), "Band: 95 % over people, double or nothing."))
+    figures.insert(1, _figure("everyone-det", _dense_det(results), _DET_NOTE))
+    parts.append(f'<div class="figures">{"".join(figures)}</div>')
+    spread = first["concentration"]
+    if spread:
+        name = next(iter(heads))
+        who = [
+            [_e(p["person"]), f"{p['photos']:,}", f"{p['errors']:,}", f"{p['comparisons']:,}"]
+            for p in spread["lambs_and_wolves"]
+        ]
+        not_found = [
+            [_e(p["person"]), f"{p['photos']:,}", f"{p['errors']:,}", f"{p['comparisons']:,}"] for p in spread["goats"]
+        ]
+        parts.append(
+            f"<h3>Who has the errors, at FMR {100 * spread['fmr']:g} %</h3><p>1 % of the people hold "
+            f"{100 * spread['top_1']:.0f} % of <code>{_e(name)}</code>'s false matches and take part in "
+            f"{100 * spread['exposure_1']:.0f} % of the impostor comparisons; 10 % hold {100 * spread['top_10']:.0f} % and "
+            f"take part in {100 * spread['exposure_10']:.0f} %.</p>"
+            f'<div class="columns"><div><h3>Most false matches (lambs and wolves)</h3>'
+            f"{_table(('person', 'photos', 'false matches', 'comparisons'), who)}</div>"
+            f"<div><h3>Refused most often (goats)</h3>"
+            f"{_table(('person', 'photos', 'refused', 'own pairs'), not_found)}</div></div>"
+        )
+    return "".join(parts)
+
+
+def _tight(interval: Mapping[str, Any]) -> str:
+    return f"{100 * interval['low']:.3g} to {100 * interval['high']:.3g} %"
+
+
+def _dense_roc(results: Mapping[str, Any]) -> str:
+    """TAR over people against FMR, from ten impostor pairs on."""
+    name = headline(results["heads"])
+    least = 100 * metrics.FLAGGED / results["n_impostor"]
+    band = results["heads"][name]["band"]
+    grid = 100 * np.asarray(band["fmr"], np.float64)
+    low, high = (100 * np.asarray(band[edge], np.float64) for edge in ("low", "high"))
+    series = [
+        Line(name=other, x=100 * np.asarray(head["curve"]["fmr"]), y=100 * np.asarray(head["curve"]["tar"]), steps=True)
+        for other, head in results["heads"].items()
+    ]
+    # The band has the colour of the line whose it is: that one comes first.
+    order = [name, *(other for other in results["heads"] if other != name)]
+    series = sorted(series, key=lambda line: order.index(line.name))
+    if len(grid):
+        series[0] = dataclasses.replace(series[0], band=(grid, low, high))
+    return plots.lines(
+        series,
+        title="ROC, all pairs",
+        x_label="FMR: impostor pairs accepted, %",
+        y_label="TAR: own photos accepted, mean over people, %",
+        x_log=True,
+        x_range=(least, 100),
+        y_range=(0, 100),
+    )
+
+
+_DET_NOTE = (
+    "Lower is better. Axes are normal deviates: scores that are normal for each kind of pair give a straight line."
+)
+_RATES = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
+
+
+def _dense_det(results: Mapping[str, Any]) -> str:
+    return _det(
+        {
+            name: (np.asarray(head["curve"]["fmr"], np.float64), 1 - np.asarray(head["curve"]["tar"], np.float64))
+            for name, head in results["heads"].items()
+        },
+        10 / results["n_impostor"],
+        10 / max(1, results["n_genuine"]),
+    )
+
+
+def _det(curves: Mapping[str, tuple[Floats, Floats]], least_fmr: float, least_fnmr: float) -> str:
+    """FNMR over FMR on normal deviates, as far as ten errors of each kind support it."""
+    ticks = {float(metrics.probit(rate)): f"{100 * rate:g}" for rate in _RATES}
+    low = [float(metrics.probit(min(0.4, max(1e-6, least)))) for least in (least_fmr, least_fnmr)]
+    high = float(metrics.probit(0.6))
+    series = []
+    for name, (fmr, fnmr) in curves.items():
+        kept = (fmr >= least_fmr) & (fmr < 1) & (fnmr > 0) & (fnmr < 1)
+        series.append(Line(name=name, x=metrics.probit(fmr[kept]), y=metrics.probit(fnmr[kept])))
+    top = max((float(np.max(line.y, initial=low[1])) for line in series), default=high)
+    return plots.lines(
+        series,
+        title="DET" if len(series) > 1 else f"DET of {series[0].name}",
+        x_label="FMR: impostor pairs accepted, %",
+        y_label="FNMR: genuine pairs refused, %",
+        x_range=(low[0], high),
+        y_range=(low[1], max(high, min(top, float(metrics.probit(0.99))))),
+        x_ticks=ticks,
+        y_ticks=ticks,
+    )
+
+
+def _reliability(heads: Mapping[str, Any]) -> str:
+    """Observed shares against stated probabilities, of heads that state some."""
+    series = [Line(name="perfect", x=[0, 100], y=[0, 100])]
+    prior = 0.5
+    for name, head in heads.items():
+        found = head["reliability"]
+        if found is not None:
+            prior = found["prior"]
+            x, y = (100 * np.asarray(found[part], np.float64) for part in ("predicted", "observed"))
+            series.append(Line(name=name, x=np.maximum.accumulate(x), y=y))
+    if len(series) == 1:
+        return ""
+    return plots.lines(
+        series,
+        title="Reliability",
+        x_label=f"stated probability of one person, % (at {100 * prior:g} % genuine pairs)",
+        y_label="share that is one person, %",
+        x_range=(0, 100),
+        y_range=(0, 100),
+    )
+
+
+def _slices(page: Page) -> str:
+    if not page.slices:
+        return ""
+    names = list(page.slices[0])
+    rows = [[_e(_value(row[name])) for name in names] for row in page.slices]
+    words = (
+        f"By <code>{_e(headline(page.results['heads']))}</code>, at the thresholds that decided all pairs. Parts with few "
+        "pairs have wide intervals; look at those before at the rates."
+    )
+    return f"<p>{words}</p>{_table(names, rows, wide=True)}"
 
 
 def _several(threshold: Any) -> str:
@@ -288,7 +588,20 @@ def _score_figures(page: Page) -> str:
     same = np.asarray(page.same, bool)
     name = headline(page.scores)
     order = [name, *(other for other in page.scores if other != name)]
-    figures = [_figure("roc", _roc(page.scores, same), "Higher is better. " + _ROC_NOTE)]
+    bands = {other: heads[other]["band"] for other in page.scores}
+    figures = [_figure("roc", _roc({other: page.scores[other] for other in order}, same, bands[name]), _ROC_NOTE)]
+    curves = {other: metrics.det(page.scores[other], same) for other in _distinct(page.scores)}
+    figures.append(
+        _figure(
+            "det",
+            _det({other: (c.fmr, c.fnmr) for other, c in curves.items()}, 1 / int((~same).sum()), 1 / int(same.sum())),
+            _DET_NOTE,
+        )
+    )
+    calibration = _reliability(heads)
+    if calibration:
+        note = "Below the diagonal a head is too sure that it is one person, above it too unsure."
+        figures.append(_figure("reliability", calibration, note))
     for other in order:
         thresholds = np.atleast_1d(np.asarray(heads[other]["threshold"], np.float64))
         label = "threshold" if len(thresholds) == 1 else "mean threshold"
@@ -304,11 +617,22 @@ def _score_figures(page: Page) -> str:
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
-_ROC_NOTE = "Shaded: fewer than 10 impostor pairs stand behind a point, so nothing can be said there."
+_ROC_NOTE = (
+    "Higher is better. Shaded: fewer than 10 impostor pairs stand behind a point, so nothing can be said there. The band "
+    "is that of the first curve: 95 % over people, double or nothing."
+)
 
 
-def _roc(scores: Mapping[str, Floats], same: NDArray[np.bool_]) -> str:
-    """TAR over FAR in steps, from the FAR of one impostor pair on."""
+def _distinct(scores: Mapping[str, Floats]) -> list[str]:
+    """Heads that order the pairs differently: of several alike, the first."""
+    seen: dict[bytes, str] = {}
+    for name, values in scores.items():
+        seen.setdefault(np.argsort(np.asarray(values), kind="stable").tobytes(), name)
+    return list(seen.values())
+
+
+def _roc(scores: Mapping[str, Floats], same: NDArray[np.bool_], band: Any = None) -> str:
+    """TAR over FAR in steps, from the FAR of one impostor pair on; the band, if any, is of the first head."""
     least = 100 / int((~same).sum())
     curves: dict[tuple[bytes, bytes], list[str]] = {}
     for name, values in scores.items():
@@ -324,6 +648,9 @@ def _roc(scores: Mapping[str, Floats], same: NDArray[np.bool_]) -> str:
         for (far, tar), names in curves.items()
     ]
     title = "ROC" if len(series) > 1 else f"ROC of {series[0].name}"
+    if band is not None:
+        x, low, high = (100 * np.asarray(part, np.float64) for part in band)
+        series[0] = dataclasses.replace(series[0], band=(x, low, high))
     return plots.lines(
         series,
         title=title,
@@ -339,7 +666,7 @@ def _roc(scores: Mapping[str, Floats], same: NDArray[np.bool_]) -> str:
 def _hardest(page: Page) -> str:
     if not page.hardest:
         return ""
-    name = headline(page.results["heads"])
+    name = headline((page.results or page.everyone)["heads"])
     parts = [
         f"<p>By the scores of <code>{_e(name)}</code>, at most one pair a person. Whoever has this page has these photos: "
         "share it as you would share them.</p>"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["STYLE", "Line", "Mark", "escape", "grid", "histogram", "lines"]
+__all__ = ["STYLE", "Estimate", "Line", "Mark", "escape", "forest", "grid", "histogram", "lines"]
 
 Floats = NDArray[np.float64]
 
@@ -62,6 +62,8 @@ def _style() -> str:
         ".fe-axis{fill:none;stroke:var(--fe-muted)}"
         ".fe-line{fill:none;stroke:var(--fe-hue);stroke-width:1.6;stroke-linejoin:round;stroke-linecap:round}"
         ".fe-dot{stroke-width:5}"
+        ".fe-thin{stroke-width:1;stroke-linecap:butt}"
+        ".fe-thick{stroke-width:3;stroke-linecap:butt;opacity:.55}"
         ".fe-swatch{stroke-width:3}"
         ".fe-band{fill:var(--fe-hue);fill-opacity:.15;stroke:var(--fe-hue);stroke-opacity:.45;stroke-width:.7}"
         ".fe-mark{fill:none;stroke:var(--fe-text);stroke-dasharray:3 3}"
@@ -83,6 +85,7 @@ class Line:
       x: [n] ascending.
       y: [n]; the curve is interrupted where it is not finite, and on a log axis where it is not positive.
       low, high: [n] edges of the band, or None for both.
+      band: (x, low, high), [m] each, of a band that has places of its own; or None.
       steps: hold each value until the next x, as a ROC does.
     """
 
@@ -91,6 +94,7 @@ class Line:
     y: ArrayLike
     low: ArrayLike | None = None
     high: ArrayLike | None = None
+    band: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None
     steps: bool = False
 
 
@@ -113,6 +117,8 @@ def lines(
     y_log: bool = False,
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
+    x_ticks: Mapping[float, str] | None = None,
+    y_ticks: Mapping[float, str] | None = None,
     marks: Iterable[Mark] = (),
     shade: tuple[float, float, str] | None = None,
 ) -> str:
@@ -125,6 +131,8 @@ def lines(
       x_log, y_log: decades; values that are not positive are gaps.
       x_range, y_range: ends of an axis; by default what the data spans, with `y` a little beyond it. Data outside is
         cut off.
+      x_ticks, y_ticks: where → what to write there, for axes on a scale of their own such as normal deviates; by default
+        round numbers.
       marks: thresholds, events. A mark outside the axis is left out.
       shade: (from, to, words): a part of the x axis that is drawn as doubtful.
 
@@ -142,8 +150,8 @@ def lines(
     marks = list(marks)
     spans_x = [c.x for c in curves]
     spans_y = [part for c in curves for part in (c.y, c.low, c.high) if part is not None]
-    x_axis = _Axis.over(spans_x, log=x_log, given=x_range, pad=0.0)
-    y_axis = _Axis.over(spans_y, log=y_log, given=y_range, pad=0.04)
+    x_axis = dataclasses.replace(_Axis.over(spans_x, log=x_log, given=x_range, pad=0.0), named=x_ticks)
+    y_axis = dataclasses.replace(_Axis.over(spans_y, log=y_log, given=y_range, pad=0.04), named=y_ticks)
     keys = [(i, c.name) for i, c in enumerate(curves) if c.name] if len(curves) > 1 else []
     frame = _Frame(title, x_label, y_label, keys, x_axis, y_axis)
     body = []
@@ -152,8 +160,12 @@ def lines(
         if right > left:
             body.append(_path("fe-shade", f"M{_p(left)} {_p(frame.top)}H{_p(right)}V{_p(frame.bottom)}H{_p(left)}z"))
             body.append(frame.words(left + 5, frame.bottom - 8, shade[2], "start"))
-    for i, curve in enumerate(curves):
+    for i, (line, curve) in enumerate(zip(series, curves, strict=True)):
         colour = f"fe-c{i % (2 * len(_LIGHT))}"
+        if line.band is not None:
+            edges = _checked(Line(name=line.name, x=line.band[0], y=line.band[1], low=line.band[1], high=line.band[2]))
+            assert edges.low is not None and edges.high is not None  # noqa: PT018  (for the type checker)
+            body.append(_path(f"fe-band {colour}", frame.band(edges.x, edges.low, edges.high)))
         if curve.low is not None and curve.high is not None:
             body.append(_path(f"fe-band {colour}", frame.band(curve.x, curve.low, curve.high)))
         body += frame.curve(colour, curve.x, curve.y, steps=curve.steps)
@@ -197,6 +209,69 @@ def histogram(samples: Mapping[str, ArrayLike], *, title: str, x_label: str = ""
         body.append(_path(f"fe-band fe-c{i}", frame.band(x, np.zeros_like(y), y)))
         body += frame.curve(f"fe-c{i}", x, y)
     return frame.svg([*body, *frame.marks(marks)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A row of a forest plot: a dot, a thick interval, and around it a thin one that holds for all rows at once."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    wide_low: float
+    wide_high: float
+
+
+def forest(rows: Sequence[Estimate], *, title: str, x_label: str = "", zero: float = 0.0) -> str:
+    """Estimates with their intervals, a row each, beside a line at `zero`.
+
+    Args:
+      rows: from top to bottom; all numbers finite.
+      title, x_label: as `lines`.
+      zero: what "no difference" is; always within the axis.
+
+    Returns:
+      An SVG document.
+
+    Raises:
+      ValueError: there are no rows, or a number is not finite.
+
+    >>> row = Estimate(name="logistic_abs", value=0.1, low=-0.1, high=0.3, wide_low=-0.2, wide_high=0.4)
+    >>> forest([row], title="Difference").count("fe-line fe-dot")
+    1
+    """
+    spans = np.array([(r.value, r.low, r.high, r.wide_low, r.wide_high, zero) for r in rows], np.float64)
+    if not len(rows) or not np.isfinite(spans).all():
+        raise ValueError(f"{len(rows)} rows, of finite numbers or not: a forest needs finite estimates, one at least.")
+    axis = _Axis.over([spans.ravel()], log=False, given=None, pad=0.06)
+    # Names stand left of the drawing, which takes what they leave.
+    left = min(WIDTH / 2, 20 + _LETTER * max(len(row.name) for row in rows))
+    right, top, step = float(WIDTH - RIGHT), 36.0, 24
+    bottom = top + step * len(rows)
+    height = int(bottom) + BOTTOM
+
+    def x(value: float) -> str:
+        return _p(left + (right - left) * float(axis.place(value)))
+
+    body = [f'<text x="12" y="20" class="fe-title">{escape(title)}</text>']
+    ticks = axis.ticks(5)
+    body.append(_path("fe-rule", "".join(f"M{x(tick)} {_p(top)}V{_p(bottom)}" for tick in ticks)))
+    body.append(_path("fe-mark", f"M{x(zero)} {_p(top)}V{_p(bottom)}"))
+    for i, row in enumerate(rows):
+        y = top + step * (i + 0.5)
+        body.append(
+            f'<text x="{_p(left - 8)}" y="{_p(y + 4)}" class="fe-key" text-anchor="end">{escape(row.name)}</text>'
+        )
+        body.append(_path("fe-line fe-thin fe-c0", f"M{x(row.wide_low)} {_p(y)}H{x(row.wide_high)}"))
+        body.append(_path("fe-line fe-thick fe-c0", f"M{x(row.low)} {_p(y)}H{x(row.high)}"))
+        body.append(_path("fe-line fe-dot fe-c0", f"M{x(row.value)} {_p(y)}h0"))
+    for tick in ticks:
+        body.append(f'<text x="{x(tick)}" y="{_p(bottom + 17)}" text-anchor="middle">{_label(tick)}</text>')
+    body.append(_path("fe-axis", f"M{_p(left)} {_p(bottom)}H{_p(right)}"))
+    if x_label:
+        body.append(f'<text x="{_p(right)}" y="{height - 8}" text-anchor="end">{escape(x_label)}</text>')
+    return _document(WIDTH, height, escape(title), "".join(body))
 
 
 def grid(plots: Sequence[str], columns: int = 2) -> str:
@@ -243,11 +318,12 @@ def escape(text: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Axis:
-    """From `low` to `high`, straight or in decades."""
+    """From `low` to `high`, straight or in decades, with ticks of its own where `named` gives some."""
 
     low: float
     high: float
     log: bool
+    named: Mapping[float, str] | None = None
 
     @classmethod
     def over(cls, parts: Sequence[Floats], *, log: bool, given: tuple[float, float] | None, pad: float) -> _Axis:
@@ -281,6 +357,8 @@ class _Axis:
 
     def ticks(self, about: int) -> list[float]:
         """Round numbers within the axis, `about` of them."""
+        if self.named is not None:
+            return [tick for tick in self.named if self.low <= tick <= self.high]
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for steps in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10))):
@@ -297,6 +375,9 @@ class _Axis:
         step = next(scale * nice for nice in (1, 2, 2.5, 5, 10) if scale * nice >= rough * (1 - 1e-9))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [i * step for i in range(first, last + 1)]
+
+    def label(self, tick: float) -> str:
+        return _label(tick) if self.named is None else self.named[tick]
 
 
 def _label(value: float) -> str:
@@ -421,14 +502,16 @@ class _Frame:
         ticks = self._y_axis.ticks(4)
         rules = "".join(f"M{_p(self.left)} {_p(y)}H{_p(self.right)}" for y in self.y(ticks))
         parts.append(_path("fe-rule", rules))
-        parts += [self.words(self.left - 6, y + 4, _label(t), "end") for t, y in zip(ticks, self.y(ticks), strict=True)]
+        for tick, y in zip(ticks, self.y(ticks), strict=True):
+            parts.append(self.words(self.left - 6, y + 4, self._y_axis.label(tick), "end"))
         ticks = self._x_axis.ticks(6)
         notches = "".join(f"M{_p(x)} {_p(self.bottom)}v4" for x in self.x(ticks))
         ground = _path("fe-axis", f"M{_p(self.left)} {_p(self.bottom)}H{_p(self.right)}{notches}")
         for tick, x in zip(ticks, self.x(ticks), strict=True):
             # The outermost numbers stay inside the drawing.
-            half = _LETTER * len(_label(tick)) / 2
-            parts.append(self.words(min(x, WIDTH - half - 2), self.bottom + 17, _label(tick), "middle"))
+            label = self._x_axis.label(tick)
+            half = _LETTER * len(label) / 2
+            parts.append(self.words(min(x, WIDTH - half - 2), self.bottom + 17, label, "middle"))
         if self._x_label:
             parts.append(self.words(self.right, HEIGHT - 8, self._x_label, "end"))
         return _document(WIDTH, HEIGHT, escape(self._title), "".join([*parts, *body, ground]))

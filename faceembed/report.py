@@ -16,6 +16,7 @@ import numpy as np
 from faceembed import metrics
 
 __all__ = [
+    "SCHEMA",
     "format_interval",
     "format_operating_point",
     "format_percent",
@@ -26,6 +27,10 @@ __all__ = [
     "verdict",
     "write_json",
 ]
+
+
+SCHEMA = 2
+"""Of `results.json`; docs/results.md says what its fields mean. It rises when a field changes its meaning or goes."""
 
 
 def format_percent(rate: float, *, digits: int = 2) -> str:

@@ -17,7 +17,7 @@ import pytest
 from faceembed import config, evaluate, page, plots
 from faceembed.data import pairs as pair_lists
 from faceembed.data import sources
-from faceembed.verification import compare
+from faceembed.verification import compare, compare_all, slice_report
 
 HOSTILE = "<script>alert(1)</script>\"'& ../\u202e"
 STEPS = range(10, 210, 10)
@@ -83,14 +83,25 @@ def full(tmp_path_factory):
         config=config.Experiment(steps=200, encoder=config.MobileFaceNet()),
         size=32,
     )
+    heads = {name: result.fitted[0] for name, result in results.heads.items()}
+    everyone_emb = np.random.default_rng(2).normal(size=(len(photos.people), 6))[photos.identity]
+    everyone_emb = everyone_emb + 0.9 * np.random.default_rng(3).normal(size=everyone_emb.shape)
+    everyone = compare_all(
+        everyone_emb, photos.people[photos.identity], heads, fmrs=[0.1, 0.02], draws=50,
+        thresholds={name: {0.1: head.threshold} for name, head in heads.items()},
+    )  # fmt: skip
+    slices = slice_report(results[page.headline(results)], pairs.same, {HOSTILE: who_a < 6}, who_a, who_b)
     return evaluate.make_page(
-        embedder, results, pairs, photos, title=HOSTILE + "\udcff\x00", tested=f"tested on {HOSTILE}", run=run,
+        embedder, photos, results=results, pairs=pairs, everyone=everyone, slices=slices,
+        title=HOSTILE + "\udcff\x00", tested=f"tested on {HOSTILE}", run=run,
         commands={"Verify again": f"python launch.py verify {HOSTILE}"}, progress=False,
     )  # fmt: skip
 
 
 FIGURES = {
-    "figure-roc", "figure-scores-threshold", "figure-scores-logistic-distance", "figure-scores-logistic-abs",
+    "figure-roc", "figure-det", "figure-reliability", "figure-difference-accuracy", "figure-difference-auc",
+    "figure-everyone-roc", "figure-everyone-det", "figure-everyone-difference-0-1", "figure-everyone-difference-0-02",
+    "figure-scores-threshold", "figure-scores-logistic-distance", "figure-scores-logistic-abs",
     "figure-loss", "figure-select-auc", "figure-distances", "figure-active", "figure-effective-rank", "figure-triplets",
     "figure-grad-norm", "figure-learning-rate", "figure-skipped", "figure-images-per-s", "figure-memory",
     "figure-metric-script-alert-1-script",
@@ -300,10 +311,10 @@ def test_hostile_names_stay_text_and_the_same_data_give_the_same_bytes(full):
 def test_a_page_of_a_verification_alone_leaves_out_what_it_has_not(full):
     bare = page.Page(title="t", tested="x", results=full.results, scores={}, same=full.same)
     text = page.render(bare)
-    assert re.findall(r'<section id="(\w+)"', text) == ["results"]
-    assert "<figure" not in text
+    assert re.findall(r'<section id="(\w+)"', text) == ["results", "differences"]
+    assert set(re.findall(r'<figure id="([\w-]+)"', text)) == {"figure-difference-accuracy", "figure-difference-auc"}
     assert re.findall(r'<section id="(\w+)"', page.render(full)) == [
-        "results", "scores", "hardest", "training", "provenance",
+        "results", "differences", "everyone", "scores", "slices", "hardest", "training", "provenance",
     ]  # fmt: skip
 
 
@@ -340,7 +351,7 @@ def test_the_roc_is_the_counts_and_no_more_than_they_resolve(full, monkeypatch, 
     assert options["x_range"] == (100 / n, 100)
     assert options["shade"][:2] == (0, 1000 / n)
     if digits:  # two heads order the pairs alike and share a curve
-        assert sorted(line.name for line in series) == ["logistic_abs", "threshold, logistic_distance"]
+        assert sorted(line.name for line in series) == ["logistic_abs", "logistic_distance, threshold"]
     for line in series:
         scores = full.scores[line.name.split(", ")[0]]
         genuine, impostor = scores[full.same], scores[~full.same]

@@ -250,7 +250,9 @@ def test_malformed_lists_name_the_line(album, text, error, message):
 
 @pytest.mark.parametrize("spec", ["lfw", "lfw:view3", "csv:", "view1_test", "heldout:"])
 def test_unknown_lists_are_answered_with_the_known(spec, tmp_path):
-    with pytest.raises(ValueError, match="none of lfw:view1_train, lfw:view1_test, lfw:view2, csv:FILE, heldout:"):
+    with pytest.raises(
+        ValueError, match="none of lfw:view1_train, lfw:view1_test, lfw:view2, csv:FILE, bin:FILE, heldout:"
+    ):
         pairs.load_pairs(spec, data_dir=tmp_path)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from faceembed.data import sampling, sources, splits
+from faceembed.data import sampling, sources, splits, verification_bin
 from faceembed.data.sources import Photos
 
+LFW_PEOPLE = {"dev_train": "peopleDevTrain.txt", "dev_test": "peopleDevTest.txt"}
 LFW_LISTS = {"view1_train": "pairsDevTrain.txt", "view1_test": "pairsDevTest.txt", "view2": "pairs.txt"}
 
 
@@ -26,6 +27,8 @@ class Pairs:
     """[n] bool, whether both show one person (genuine) or two (impostor)."""
     fold: np.ndarray | None = None
     """[n] int32, 0 to folds - 1, where the list comes in folds."""
+    lost: tuple[int, int] = (0, 0)
+    """Genuine and impostor pairs that were left out because photos of theirs are missing."""
 
     def __post_init__(self) -> None:
         lengths = {len(column) for column in (self.key_a, self.key_b, self.same, self.fold) if column is not None}
@@ -42,16 +45,19 @@ def load_pairs(
     data_dir: Path | str | None = None,
     split: str = "report",
     n: int = 4000,
+    allow_missing: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> tuple[Pairs, Photos]:
     """The pairs a name stands for, and the photos they are of.
 
     Args:
-      spec: "lfw:view1_train", "lfw:view1_test", "lfw:view2", "csv:FILE" or "heldout:SOURCE".
+      spec: "lfw:view1_train", "lfw:view1_test", "lfw:view2", "csv:FILE", "bin:FILE", "heldout:SOURCE", or
+        "hard:FILE.npz@lfw:dev_test" and "hard:FILE.npz@heldout:SOURCE" (`hard_pairs`).
       data_dir: where prepared sets are kept; None is `sources.default_data_dir()`.
       split: of "heldout:" alone, whose people: train, select, calibrate or report.
-      n: of "heldout:" alone, pairs at most.
+      n: of "heldout:" and "hard:" alone, pairs at most.
+      allow_missing: leave out pairs of photos that are not there and count them in `Pairs.lost`, instead of raising.
       progress: show a bar while the files of a folder are checked.
       **options: of "heldout:synthetic" alone, for `sources.open_source`; the draw of the pairs has no seed, so that the
         list of a source is the one that ends its training.
@@ -62,17 +68,131 @@ def load_pairs(
     """
     kind, _, rest = spec.partition(":")
     directory = sources.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
-    if options and kind != "heldout":
+    if options and kind not in ("heldout", "hard"):
         raise ValueError(f"pairs {spec!r} take no options, got {', '.join(sorted(options))}.")
     if kind == "lfw" and rest in LFW_LISTS:
-        return _lfw(rest, directory)
+        pairs, photos = _lfw(rest, directory)
+        return present(pairs, photos, allow_missing=allow_missing), photos
     if kind == "csv" and rest:
-        return read_csv(Path(rest).expanduser())
+        return read_csv(Path(rest).expanduser(), allow_missing=allow_missing)
+    if kind == "bin" and rest:
+        key_a, key_b, same, fold, photos = verification_bin.read_bin(Path(rest).expanduser())
+        return Pairs(key_a=key_a, key_b=key_b, same=same, fold=fold), photos
+    if kind == "hard" and "@" in rest:
+        file, _, people = rest.rpartition("@")
+        photos = load_people(
+            f"all:{people}", data_dir=directory, split=split, allow_missing=allow_missing, progress=progress, **options
+        )
+        return hard_pairs(photos, read_embeddings(Path(file).expanduser(), photos), n=n), photos
     if kind == "heldout" and rest:
         photos = sources.open_source(rest, data_dir=directory, progress=progress, **options)
         return heldout(photos, split, seed=0, n=n), photos
     known = ", ".join(f"lfw:{view}" for view in LFW_LISTS)
-    raise ValueError(f"pairs {spec!r} is none of {known}, csv:FILE, heldout:SOURCE. Try --pairs lfw:view1_test.")
+    raise ValueError(
+        f"pairs {spec!r} is none of {known}, csv:FILE, bin:FILE, heldout:SOURCE, hard:FILE.npz@heldout:SOURCE, all:SOURCE. "
+        "Try --pairs lfw:view1_test."
+    )
+
+
+def load_people(
+    spec: str,
+    *,
+    data_dir: Path | str | None = None,
+    split: str = "report",
+    allow_missing: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Photos:
+    """The photos of a protocol in which every one meets every other.
+
+    Args:
+      spec: "all:lfw:dev_test" or "all:lfw:dev_train" (LFW's people lists of View 1), "all:heldout:SOURCE" (people of
+        `split`), or "all:SOURCE".
+      data_dir, split, progress, **options: as `load_pairs`.
+      allow_missing: go on without people and photos that a list names and that are not there.
+
+    Raises:
+      ValueError: there is no such protocol, or the photos are not those of the list.
+      FileNotFoundError: the set is not prepared, or lacks the list.
+    """
+    directory = sources.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    kind, _, rest = spec.partition(":")
+    if kind != "all" or not rest:
+        raise ValueError(
+            f"{spec!r} is no protocol of all pairs. Try all:lfw:dev_test, all:heldout:SOURCE or all:SOURCE."
+        )
+    if rest.startswith("lfw:"):
+        view = rest.removeprefix("lfw:")
+        if view not in LFW_PEOPLE:
+            known = ", ".join(f"all:lfw:{name}" for name in LFW_PEOPLE)
+            raise ValueError(f"{spec!r} is none of {known}.")
+        return _lfw_people(view, directory, allow_missing)
+    held_out = rest.startswith("heldout:")
+    photos = sources.open_source(rest.removeprefix("heldout:"), data_dir=directory, progress=progress, **options)
+    if not held_out:
+        return photos
+    if split not in splits.SHARES:
+        raise ValueError(f"split is {split!r}: expected one of {', '.join(splits.SHARES)}.")
+    return sources.select(photos, (splits.split_of(photos.people) == split)[photos.identity])
+
+
+def _lfw_people(view: str, data_dir: Path, allow_missing: bool) -> Photos:
+    photos = sources.open_source("lfw", data_dir=data_dir)
+    path = data_dir / "lfw" / LFW_PEOPLE[view]
+    if not path.is_file():
+        raise FileNotFoundError(_lacks(path))
+    names, counts, _ = read_lfw_people(path)
+    there = dict(zip(photos.people.tolist(), np.bincount(photos.identity).tolist(), strict=True))
+    missing = [
+        f"{name} ({count - there.get(name, 0)} of {count})"
+        for name, count in zip(names.tolist(), counts.tolist(), strict=True)
+        if there.get(name, 0) != count
+    ]
+    if missing and not allow_missing:
+        raise ValueError(
+            f"{path.name} names photos of {len(missing)} people that lfw lacks: {_named(missing)}. Prepare lfw again from "
+            "the whole archive, or go on without them: --allow-missing."
+        )
+    return sources.select(photos, np.isin(photos.people, names)[photos.identity])
+
+
+def _named(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def present(pairs: Pairs, photos: Photos, *, allow_missing: bool) -> Pairs:
+    """The pairs whose photos are there, with the number of those that are lost.
+
+    Raises:
+      ValueError: naming photos that are missing, unless they may be; or all pairs of a kind are lost.
+    """
+    there = [np.isin(side, photos.keys) for side in (pairs.key_a, pairs.key_b)]
+    kept = there[0] & there[1]
+    if kept.all():
+        return pairs
+    if not allow_missing:
+        missing = sorted({*pairs.key_a[~there[0]].tolist(), *pairs.key_b[~there[1]].tolist()})
+        raise ValueError(
+            f"{len(missing)} photos of the pairs are not in {photos.source}: {_named(missing)}. The list and the photos "
+            f"must be of one set; see python launch.py data info {photos.source} for what was left out. To go on without "
+            f"{int((~kept).sum())} pairs: --allow-missing."
+        )
+    if not (pairs.same & kept).any() or not (~pairs.same & kept).any():
+        raise ValueError(
+            f"of {len(pairs)} pairs {int(kept.sum())} have both photos in {photos.source}: too few to compare."
+        )
+    return Pairs(
+        key_a=pairs.key_a[kept],
+        key_b=pairs.key_b[kept],
+        same=pairs.same[kept],
+        fold=None if pairs.fold is None else pairs.fold[kept],
+        lost=(int((pairs.same & ~kept).sum()), int((~pairs.same & ~kept).sum())),
+    )
+
+
+def used(pairs: Pairs, photos: Photos) -> np.ndarray:
+    """[photos] bool, which photos are in some pair."""
+    return np.isin(photos.keys, np.concatenate([pairs.key_a, pairs.key_b]))
 
 
 def resolve(pairs: Pairs, photos: Photos) -> tuple[np.ndarray, np.ndarray]:
@@ -125,20 +245,8 @@ def heldout(photos: Photos, split: str, *, seed: int = 0, n: int = 4000, cap: in
     people = np.flatnonzero(splits.split_of(photos.people) == split)
     begin = np.searchsorted(photos.identity, people)
     count = np.searchsorted(photos.identity, people, side="right") - begin
-    # Draws follow from names, not places: a source and the part of it that is tested give the same list.
-    code = np.array(
-        [int(hashlib.sha256(str(name).encode()).hexdigest()[:16], 16) for name in photos.people[people]], np.uint64
-    )
-
-    turns: list[tuple[int, int, int, int]] = []  # (turn, order within it, photo, photo)
-    for person in np.flatnonzero(count > 1):
-        i, j = np.triu_indices(count[person], 1)
-        pick = np.argsort(sampling.draw(seed, 10, code[person], i, j), kind="stable")[:cap]
-        order = int(sampling.draw(seed, 11, code[person : person + 1])[0])
-        turns += [
-            (turn, order, int(begin[person] + i[pair]), int(begin[person] + j[pair])) for turn, pair in enumerate(pick)
-        ]
-    genuine = [(a, b) for _, _, a, b in sorted(turns)[: n // 2]]
+    code = _codes(photos.people[people])
+    genuine = _genuine_in_turn(begin, count, code, seed=seed, cap=cap)[: n // 2]
 
     # A few rounds beyond what is needed find the last unused pairs of a small set.
     impostor: dict[tuple[int, int], None] = {}
@@ -160,6 +268,200 @@ def heldout(photos: Photos, split: str, *, seed: int = 0, n: int = 4000, cap: in
     return Pairs(
         key_a=photos.keys[chosen[:, 0]], key_b=photos.keys[chosen[:, 1]], same=np.arange(2 * number) < number
     )  # fmt: skip
+
+
+def _codes(names: np.ndarray) -> np.ndarray:
+    """Draws follow from names, not places: a source and the part of it that is tested give the same list."""
+    return np.array([int(hashlib.sha256(str(name).encode()).hexdigest()[:16], 16) for name in names], np.uint64)
+
+
+def _genuine_in_turn(
+    begin: np.ndarray, count: np.ndarray, code: np.ndarray, *, seed: int, cap: int
+) -> list[tuple[int, int]]:
+    """Everybody's first genuine pair, then everybody's second, up to `cap`; each person's own are drawn."""
+    turns: list[tuple[int, int, int, int]] = []  # (turn, order within it, photo, photo)
+    for person in np.flatnonzero(count > 1):
+        i, j = np.triu_indices(count[person], 1)
+        pick = np.argsort(sampling.draw(seed, 10, code[person], i, j), kind="stable")[:cap]
+        order = int(sampling.draw(seed, 11, code[person : person + 1])[0])
+        turns += [
+            (turn, order, int(begin[person] + i[pair]), int(begin[person] + j[pair])) for turn, pair in enumerate(pick)
+        ]
+    return [(a, b) for _, _, a, b in sorted(turns)]
+
+
+PARTNERS = 32
+"""People nearest to somebody who are tried as the other side of their hard pairs."""
+
+
+def hard_pairs(photos: Photos, embedding: np.ndarray, *, seed: int = 0, n: int = 4000, cap: int = 10) -> Pairs:
+    """Impostor pairs that another encoder finds most alike, balanced over people; genuine pairs as in `heldout`.
+
+    Random impostors are easy, and the errors that matter are made among look-alikes. Were they chosen by the encoder that
+    is tested, the list would hold its own errors and be unfair to it alone: give the embeddings of an INDEPENDENT one. In
+    turn everybody takes the photo nearest to one of theirs that is of somebody else who has not yet `cap` pairs, each
+    couple of people once. Genuine pairs are drawn, since a person's photos least alike to an encoder may be wrong labels.
+
+    Args:
+      photos: whose people are paired.
+      embedding: [photos, d] of these photos by the independent encoder.
+      seed: of the genuine pairs and of who is first.
+      n: pairs at most.
+      cap: pairs of one person at most, of each kind; impostor pairs count on both sides.
+
+    Returns:
+      As many genuine as impostor pairs, none twice, no two impostor pairs of the same two people.
+
+    Raises:
+      ValueError: the embedding has other rows than photos, or there is no genuine or impostor pair.
+    """
+    emb = np.asarray(embedding, np.float32)
+    if emb.ndim != 2 or len(emb) != len(photos):
+        raise ValueError(f"embedding has shape {emb.shape} for {len(photos)} photos: give one row a photo.")
+    people = np.arange(len(photos.people))
+    begin = np.searchsorted(photos.identity, people)
+    count = np.bincount(photos.identity, minlength=len(people))
+    code = _codes(photos.people)
+    genuine = _genuine_in_turn(begin, count, code, seed=seed, cap=cap)[: n // 2]
+
+    length = np.linalg.norm(emb, axis=1, keepdims=True)
+    if not np.isfinite(emb).all() or not length.all():
+        raise ValueError("embedding has rows that are not finite or all zero: embed the photos again.")
+    emb = emb / length
+    choices: list[
+        list[tuple[int, int, int]]
+    ] = []  # of each person: (other person, own photo, other's photo), nearest first
+    for person in people.tolist():
+        own = emb[begin[person] : begin[person] + count[person]] @ emb.T
+        nearest = own.max(axis=0)
+        nearest[begin[person] : begin[person] + count[person]] = -np.inf
+        best = np.maximum.reduceat(nearest, begin)
+        found = []
+        for other in np.argsort(-best, kind="stable")[: min(PARTNERS, len(people) - 1)].tolist():
+            photo = begin[other] + int(np.argmax(nearest[begin[other] : begin[other] + count[other]]))
+            found.append((other, int(begin[person] + np.argmax(own[:, photo])), int(photo)))
+        choices.append(found)
+    impostor: dict[tuple[int, int], tuple[int, int]] = {}
+    taken = np.zeros(len(people), np.int64)
+    order = np.argsort(sampling.draw(seed, 14, code), kind="stable").tolist()
+    for _ in range(cap):
+        for person in order:
+            if taken[person] >= cap:
+                continue
+            for other, own_photo, photo in choices[person]:
+                couple = min(person, other), max(person, other)
+                if taken[other] < cap and couple not in impostor:
+                    impostor[couple] = min(own_photo, photo), max(own_photo, photo)
+                    taken[[person, other]] += 1
+                    break
+        if len(impostor) >= len(genuine):
+            break
+    number = min(len(genuine), len(impostor))
+    if not number:
+        raise ValueError(
+            f"{photos.source} makes no balanced pairs: {len(people)} people, {int((count > 1).sum())} of them with two "
+            "photos or more. A larger set is needed."
+        )
+    chosen = np.array(genuine[:number] + list(impostor.values())[:number])
+    return Pairs(
+        key_a=photos.keys[chosen[:, 0]], key_b=photos.keys[chosen[:, 1]], same=np.arange(2 * number) < number
+    )  # fmt: skip
+
+
+def read_embeddings(path: Path, photos: Photos) -> np.ndarray:
+    """[photos, d] embeddings from a file of `launch.py embed`, in the order of the photos.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is another kind of file, or lacks photos, which are named.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {path}: make it with python launch.py embed CHECKPOINT SOURCE --out {path}."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            embedding, key = file["embedding"], file["key"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a file of launch.py embed (embedding, key): {error}.") from error
+    if embedding.ndim != 2 or key.shape != embedding.shape[:1]:
+        raise ValueError(f"{path}: embedding has shape {embedding.shape} and key {key.shape}: expected a key a row.")
+    place = {str(name): row for row, name in enumerate(key)}
+    missing = [str(name) for name in photos.keys if str(name) not in place]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the {len(photos)} photos of {photos.source}: {_named(missing)}. It must be of "
+            "the same source."
+        )
+    return embedding[[place[str(name)] for name in photos.keys]]
+
+
+def read_metadata(path: Path) -> dict[str, dict[str, str]]:
+    """What a user knows of photos or people: a csv with a column `key` or `person`, and a column an attribute.
+
+    Returns:
+      attribute → photo key or person → value; empty cells are left out. "key" or "person" itself says which under "".
+
+    Raises:
+      ValueError: neither or both of the columns are there, or no other, or a line names somebody twice.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        rows = list(reader)
+    by = [name for name in ("key", "person") if name in columns]
+    attributes = [name for name in columns if name not in ("key", "person")]
+    if len(by) != 1 or not attributes:
+        raise ValueError(
+            f"{path}, line 1: columns are {', '.join(columns) or 'none'}; expected key (of photos) or person, and "
+            "attributes."
+        )
+    found: dict[str, dict[str, str]] = {"": {"by": by[0]}, **{name: {} for name in attributes}}
+    seen: set[str] = set()
+    for line, row in enumerate(rows, 2):
+        name = row[by[0]] or ""
+        if not name or name in seen:
+            raise ValueError(f"{path}, line {line}: {by[0]} is {name!r}: " + ("given before." if name else "empty."))
+        seen.add(name)
+        for attribute in attributes:
+            value = (row[attribute] or "").strip()
+            if value:
+                found[attribute][name] = value
+    return found
+
+
+def slices(pairs: Pairs, photos: Photos, metadata: dict[str, dict[str, str]]) -> dict[str, np.ndarray]:
+    """Pairs within each value of each attribute: those of which both photos (or people) have it.
+
+    Args:
+      pairs, photos: the tested ones.
+      metadata: of `read_metadata`.
+
+    Returns:
+      "attribute=value" → [n] bool, in order; values without a pair are left out.
+
+    Raises:
+      ValueError: no photo of the pairs has an attribute: the file is of another set.
+    """
+    first, second = resolve(pairs, photos)
+    by_person = metadata[""]["by"] == "person"
+    names = photos.people[photos.identity] if by_person else photos.keys
+    masks: dict[str, np.ndarray] = {}
+    for attribute, values in metadata.items():
+        if not attribute:
+            continue
+        value = np.array([values.get(str(name), "") for name in names], str)
+        sides = value[first], value[second]
+        for one in sorted(set(value.tolist()) - {""}):
+            mask = (sides[0] == one) & (sides[1] == one)
+            if mask.any():
+                masks[f"{attribute}={one}"] = mask
+    if not masks:
+        raise ValueError(
+            f"no pair has both sides in the metadata: its column {metadata['']['by']!r} names none of the photos of "
+            f"{photos.source}, such as {names[0]}."
+        )
+    return masks
 
 
 def read_lfw_pairs(path: Path) -> Pairs:
@@ -233,7 +535,7 @@ def read_lfw_people(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
     return np.array(people, str), np.array(photos, np.int32), np.array(fold, np.int32) if in_folds else None
 
 
-def read_csv(path: Path) -> tuple[Pairs, Photos]:
+def read_csv(path: Path, *, allow_missing: bool = False) -> tuple[Pairs, Photos]:
     """A list of one's own: columns a, b (image files, relative to the list) and same (1 or 0), and fold if wanted.
 
     Columns person_a and person_b name the people. Without them, who is who follows from the pairs: photos joined by
@@ -299,12 +601,12 @@ def read_csv(path: Path) -> tuple[Pairs, Photos]:
                 f"{path}, line {line}: {row['a']} and {row['b']} are two people here, but genuine pairs join them."
             )
     missing = [key for key in leader if not (path.parent / key).is_file()]
-    if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise FileNotFoundError(f"{path}: no such image beside it: {', '.join(missing[:10])}{more}.")
-    _, keys, identity, people = sources.arrange(
-        list(leader), [name_of[key][0] if named else lead(key) for key in leader]
-    )
+    if missing and not allow_missing:
+        raise FileNotFoundError(
+            f"{path}: no such image beside it: {_named(missing)}. To go on without their pairs: --allow-missing."
+        )
+    there = [key for key in leader if key not in set(missing)]
+    _, keys, identity, people = sources.arrange(there, [name_of[key][0] if named else lead(key) for key in there])
     pairs = Pairs(
         key_a=np.array([row["a"] for row in rows], str),
         key_b=np.array([row["b"] for row in rows], str),
@@ -329,18 +631,22 @@ def read_csv(path: Path) -> tuple[Pairs, Photos]:
         fingerprint=sources.fingerprint_of(keys, people, path.read_text()),
         named=named,
     )
-    return pairs, photos
+    return present(pairs, photos, allow_missing=allow_missing), photos
 
 
 def _lfw(view: str, data_dir: Path) -> tuple[Pairs, Photos]:
     photos = sources.open_source("lfw", data_dir=data_dir)
     path = data_dir / "lfw" / LFW_LISTS[view]
     if not path.is_file():
-        raise FileNotFoundError(
-            f"lfw was prepared without {path.name}. Get it from LFW's site and copy it to {path.parent}, or prepare "
-            "again with python launch.py data prepare lfw --pairs-dir FOLDER --overwrite."
-        )
+        raise FileNotFoundError(_lacks(path))
     return read_lfw_pairs(path), photos
+
+
+def _lacks(path: Path) -> str:
+    return (
+        f"lfw was prepared without {path.name}. Get it from LFW's site and copy it to {path.parent}, or prepare again with "
+        "python launch.py data prepare lfw --pairs-dir FOLDER --overwrite."
+    )
 
 
 def _lfw_key(name: str, number: str) -> str:

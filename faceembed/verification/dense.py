@@ -280,10 +280,10 @@ class Difference:
     resolution: metrics.Resolution
 
     def __str__(self) -> str:
-        low, high = 100 * self.low, 100 * self.high
+        low, high = self.simultaneous_low, self.simultaneous_high
         return (
             f"{self.head} minus {self.reference}: {100 * self.difference:+.2f} points of TAR at FMR {100 * self.fmr:g} %, "
-            f"{100 * self.level:g} % interval [{low:+.2f}, {high:+.2f}]: differences above {high:.2f} are excluded."
+            f"{100 * self.level:g} % interval [{100 * low:+.2f}, {100 * high:+.2f}]: {report.verdict(low, high)}"
         )
 
 
@@ -349,17 +349,13 @@ class DenseResults:
         ]
         if any(point.resolution.status == "flagged" for point in every):
             lines.append("~ rests on fewer than 30 false matches")
-        if said := [str(d) for d in self.differences if d.resolution and d.fmr == self._strictest()]:
+        if said := [str(d) for d in self.differences if d.resolution]:
             lines += ["", *said]
         if moved := self._transferred():
             lines += ["", "thresholds set elsewhere", report.table(moved)]
         if spread := [_spread(result) for result in self.heads.values() if result.concentration]:
             lines += ["", *spread]
         return "\n".join(lines)
-
-    def _strictest(self) -> float | None:
-        points = next(iter(self.heads.values())).tar.values()
-        return min((point.fmr for point in points if point.resolution), default=None)
 
     def _table(self, *, by_pair: bool) -> str:
         rows = []
@@ -382,7 +378,8 @@ class DenseResults:
 
     def _transferred(self) -> list[dict[str, Any]]:
         def text(rate: float, interval: Interval) -> str:
-            return f"{report.format_percent(rate, digits=3)} {report.format_interval(interval.low, interval.high, digits=3)}"
+            around = report.format_interval(interval.low, interval.high, digits=3)
+            return f"{report.format_percent(rate, digits=3)} {around}"
 
         return [
             {
@@ -712,7 +709,7 @@ def _genuine(images: _Images, scores: _Scores, tile: int) -> _Genuine:
         scores.magic = 1.5 * 2.0 ** (52 - 40 + math.frexp(largest)[1])
         value = (value + scores.magic) - scores.magic
     score = value.astype(np.float32)
-    i, j = (np.concatenate(side) for side in zip(*places, strict=True))
+    i, j = (np.concatenate(side).astype(np.int32) for side in zip(*places, strict=True))
     order = np.lexsort((j, i, score))
     position = np.zeros(len(images.names), np.int32)
     position[people] = np.arange(len(people))
@@ -794,7 +791,7 @@ def _impostor(
         at_least += len(flat) - np.searchsorted(ranked, distinct, side="left")
         if len(ranked) >= keep:
             bound = max(bound, min(float(ranked[-keep]), floor))
-        hits = np.flatnonzero(flat >= max(bound, LOWEST))
+        hits = np.flatnonzero(flat >= np.float64(max(bound, float(LOWEST))))
         i, j = np.divmod(hits, found.shape[1])
         parts.append((flat[hits], (i + r.start).astype(np.int32), (j + c.start).astype(np.int32)))
         held += len(hits)
