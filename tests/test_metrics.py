@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
+from sklearn import metrics as sklearn_metrics
+from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from faceembed import metrics
@@ -255,5 +258,132 @@ def test_a_fold_wise_threshold_is_applied_pair_by_pair():
     ],
 )
 def test_unusable_input_is_refused_with_what_was_found(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ---- DET, calibration ----------------------------------------------------------------------------------------------------
+
+
+def drawn(seed, n=60, ties=True):
+    rng = np.random.default_rng(seed)
+    same = rng.permutation(n) < n // 3
+    scores = rng.normal(size=n) + 1.2 * same
+    return (scores.round(1) if ties else scores), same
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_det_is_scikit_learns(seed):
+    scores, same = drawn(seed)
+    found = metrics.det(scores, same)
+    fmr, fnmr, threshold = sklearn_metrics.det_curve(same, scores, drop_intermediate=False)
+    # Theirs begins at the lowest score and keeps one point with no miss, and one with no false match.
+    inside = np.isin(found.threshold, threshold)
+    np.testing.assert_allclose(found.fmr[inside][::-1], fmr[np.isin(threshold, found.threshold)], atol=1e-15)
+    np.testing.assert_allclose(found.fnmr[inside][::-1], fnmr[np.isin(threshold, found.threshold)], atol=1e-15)
+    assert inside.sum() > 5
+    np.testing.assert_allclose(found.x[1:-1], norm.ppf(found.fmr[1:-1]), atol=1e-12)
+    assert (found.x[0], found.y[0], found.x[-1], found.y[-1]) == (-np.inf, np.inf, np.inf, -np.inf)
+
+
+def isotonic_cllr(scores, same):
+    """Cllr of scikit-learn's isotonic posteriors, their prior odds taken off."""
+    p = IsotonicRegression(y_min=0, y_max=1).fit(scores, same).predict(scores)
+    with np.errstate(divide="ignore"):
+        llr = np.log(p) - np.log1p(-p) - np.log(same.sum() / (~same).sum())
+    return (np.logaddexp(0, -llr[same]).mean() + np.logaddexp(0, llr[~same]).mean()) / (2 * np.log(2))
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), n=st.integers(4, 60), ties=st.booleans())
+def test_pav_is_scikit_learns_isotonic_regression_and_no_monotone_calibration_costs_less(seed, n, ties):
+    scores, same = drawn(seed, n, ties)
+    if not same.any():
+        return
+    llr = metrics.pav_llr(scores, same)
+    assert metrics.min_cllr(scores, same) == pytest.approx(isotonic_cllr(scores, same), abs=1e-9)
+    order = np.argsort(scores, kind="stable")
+    assert (llr[order][1:] >= llr[order][:-1]).all()
+    assert len({(s, v) for s, v in zip(scores, llr, strict=True)}) == len(set(scores))  # ties stay ties
+    for slope, offset in ((1.0, 0.0), (0.5, 0.3), (3.0, -1.0)):
+        assert metrics.min_cllr(scores, same) <= metrics.cllr(slope * scores + offset, same) + 1e-12
+    assert metrics.min_cllr(np.exp(scores / 3), same) == pytest.approx(metrics.min_cllr(scores, same), abs=1e-12)
+    assert 0 <= metrics.min_cllr(scores, same) <= 1 + 1e-12
+
+
+def test_min_cllr_by_hand():
+    # Blocks of odds 0 (one impostor), 1 : 1, infinity (one genuine): half of each kind costs one bit.
+    assert metrics.min_cllr([4, 3, 2, 1], [True, False, True, False]) == pytest.approx(0.5)
+    assert metrics.min_cllr([2, 1], [True, False]) == 0
+    assert metrics.min_cllr([1, 2], [True, False]) == 1
+    assert metrics.min_cllr([1, 1, 1], [True, False, False]) == 1
+    llr = metrics.pav_llr([1, 1, 1, 0, 0, 0], [True, True, False, True, False, False])
+    np.testing.assert_allclose(llr, np.log([2, 2, 2, 0.5, 0.5, 0.5]))
+
+
+def test_brier_by_hand_and_by_loop():
+    llr, same = np.array([np.log(3), 0.0, -np.log(4), 0.0]), np.array([True, True, False, False])
+    # Posteriors at 1/2: 3/4, 1/2, 1/5, 1/2.
+    expected = 0.5 * ((1 / 16 + 1 / 4) / 2) + 0.5 * ((1 / 25 + 1 / 4) / 2)
+    assert metrics.brier(llr, same, prior=0.5) == pytest.approx(expected)
+    # At 1/4 genuine: odds 1, 1/3, 1/12, 1/3.
+    p = np.array([1 / 2, 1 / 4, 1 / 13, 1 / 4])
+    expected = 0.25 * ((1 - p[:2]) ** 2).mean() + 0.75 * (p[2:] ** 2).mean()
+    assert metrics.brier(llr, same, prior=0.25) == pytest.approx(expected)
+    assert metrics.brier([0, 0, 0], [True, False, False], prior=0.1) == pytest.approx(0.09)
+    assert metrics.brier([800.0, -800.0], [True, False], prior=0.5) == 0
+    assert metrics.brier([-800.0, 800.0], [True, False], prior=0.5) == 1
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), n=st.integers(4, 80), bins=st.integers(1, 12), prior=st.floats(0.05, 0.95))
+def test_reliability_bins_everybody_once_and_keeps_ties_together(seed, n, bins, prior):
+    scores, same = drawn(seed, n)
+    if not same.any():
+        return
+    found = metrics.reliability(scores, same, prior=prior, bins=bins)
+    assert (found.n_genuine.sum(), found.n_impostor.sum()) == (same.sum(), (~same).sum())
+    assert found.weight.sum() == pytest.approx(1)
+    assert found.weight @ found.observed == pytest.approx(prior)
+    assert (np.diff(found.predicted) > 0).all()
+    assert len(found.weight) <= bins
+    p = 1 / (1 + (1 - prior) / prior * np.exp(-scores))
+    assert found.weight @ found.predicted == pytest.approx(prior * p[same].mean() + (1 - prior) * p[~same].mean())
+    gap = metrics.ece(scores, same, prior=prior, bins=bins)
+    assert gap == pytest.approx(found.weight @ np.abs(found.observed - found.predicted))
+    # Bins of a sorted list: the loop cuts where the middle of a value's pairs passes a quantile.
+    values = np.unique(scores)
+    middles = [((scores < v).sum() + (scores == v).sum() / 2) * bins / n for v in values]
+    assert len(found.weight) == len({int(m) for m in middles})
+
+
+def test_ece_is_small_where_ratios_are_what_they_say_and_large_where_they_boast():
+    rng = np.random.default_rng(0)
+    same = rng.random(40_000) < 0.5
+    llr = 2.0 * (rng.normal(size=40_000) + np.where(same, 1.0, -1.0))  # exact: unit normals two apart
+    assert metrics.ece(llr, same, prior=0.5) < 0.01
+    assert metrics.ece(3 * llr, same, prior=0.5) > 0.05
+    assert metrics.cllr(llr, same) == pytest.approx(metrics.min_cllr(llr, same), abs=0.01)
+
+
+def test_matched_tar_sets_its_threshold_on_the_same_pairs():
+    scores, same = drawn(3, 300, ties=False)
+    point = metrics.matched_tar(scores, same, 0.1)
+    assert point.threshold == metrics.threshold_at_far(scores, same, 0.1)
+    assert (point.tar, point.far) == metrics.rates_at(scores, same, point.threshold)
+    assert point.far <= 0.1
+    assert metrics.matched_tar(np.exp(scores), same, 0.1).tar == point.tar
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.brier([0.0, 1.0], [True, False], prior=1.0), "prior is 1.0"),
+        (lambda: metrics.reliability([0.0, 1.0], [True, False], prior=0.5, bins=0), "bins is 0"),
+        (lambda: metrics.ece([0.0, np.nan], [True, False], prior=0.5), "1 scores are not finite"),
+        (lambda: metrics.pav_llr([0.0, 1.0], [True, True]), "all genuine"),
+    ],
+)
+def test_calibration_refuses_what_it_cannot_say(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -10,7 +10,8 @@ import hashlib
 import io
 import math
 import pickletools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def read_pickle(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
-        for opcode, arg, _ in pickletools.genops(io.BytesIO(data)):
+        for opcode, arg, _ in _instructions(data):
             name = opcode.name
             if name == "STOP":
                 [result] = stack
@@ -73,8 +74,15 @@ def read_pickle(data: bytes) -> Any:
     raise ValueError("it is cut off: its end is missing")
 
 
+def _instructions(data: bytes) -> Iterator[tuple[Any, Any, Any]]:
+    with warnings.catch_warnings():
+        # Of the escapes in a mangled string.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield from pickletools.genops(io.BytesIO(data))
+
+
 def _plain(value: Any) -> Any:
-    """A finished array instead of one in the making; lists and tuples are gone through without recursion into depths."""
+    """A finished array instead of one in the making; something to call is no value."""
     if isinstance(value, _Array):
         if value.value is None:
             raise ValueError("an array is named and never filled")
@@ -136,8 +144,15 @@ def _list_of(stack: list[Any]) -> list[Any]:
     return stack[-1]
 
 
-def _tuple(count: int) -> Instruction:
-    return lambda stack, memo, arg: stack.append(tuple(_take(stack, count)))
+def _tuple(count: int | None) -> Instruction:
+    def make(stack: list[Any], memo: dict[int, Any], arg: Any) -> None:
+        items = _since_mark(stack) if count is None else _take(stack, count)
+        # Arguments of a call are tuples, too, and hold what has no value of its own.
+        stack.append(
+            tuple(item.value if isinstance(item, _Array) and item.value is not None else item for item in items)
+        )
+
+    return make
 
 
 def _put(stack: list[Any], memo: dict[int, Any], arg: Any) -> None:
@@ -217,6 +232,8 @@ def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 _CALLABLES: dict[str, Callable[..., Any] | None] = {
     "_codecs.encode": _encode,
     "numpy.dtype": _dtype,
+    # How Python 3 writes no bytes at all for Python 2.
+    **dict.fromkeys(("__builtin__.bytes", "builtins.bytes"), lambda: b""),
     "numpy.ndarray": None,  # an argument of _reconstruct
     **{f"numpy.{core}.multiarray._reconstruct": lambda *_: _Array() for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
@@ -243,7 +260,7 @@ _OPCODES: dict[str, Instruction] = {
     "TUPLE1": _tuple(1),
     "TUPLE2": _tuple(2),
     "TUPLE3": _tuple(3),
-    "TUPLE": lambda stack, memo, arg: stack.append(tuple(_since_mark(stack))),
+    "TUPLE": _tuple(None),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _put),
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda stack, memo, arg: stack.append(memo[int(arg)])),
     "GLOBAL": lambda stack, memo, arg: _named(stack, arg.replace(" ", ".")),
@@ -321,6 +338,11 @@ def read_bin(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 def _checked(content: Any) -> tuple[list[bytes], np.ndarray]:
     if not isinstance(content, list | tuple) or len(content) != 2:
         raise ValueError(f"it holds a {type(content).__name__} instead of (images, same)")
+    if not isinstance(content[0], list | tuple) or not isinstance(content[1], list | tuple | np.ndarray):
+        kinds = " and ".join(type(part).__name__ for part in content)
+        raise ValueError(f"it holds {kinds} instead of a list of images and a list of labels")
+    if isinstance(content[1], np.ndarray) and content[1].ndim != 1:
+        raise ValueError(f"its labels have shape {content[1].shape}")
     images = [image.tobytes() if isinstance(image, np.ndarray) else image for image in map(_plain, content[0])]
     same = [_plain(value) for value in (content[1].tolist() if isinstance(content[1], np.ndarray) else content[1])]
     odd = next((i for i, image in enumerate(images) if not isinstance(image, bytes) or not image), None)

@@ -19,14 +19,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import NormalDist
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from faceembed import metrics, report
+from faceembed import metrics, report, uncertainty
 from faceembed.uncertainty import Interval
+from faceembed.verification.features import require_embeddings
 
 __all__ = [
     "Band",
@@ -60,7 +60,6 @@ CURVE_POINTS = 250
 """Points of a curve along each axis: as many spread over log FMR as over TAR."""
 WORST = 10
 """People and pairs in each list of the worst."""
-POWER = 0.8
 LOWEST = np.finfo(np.float32).min
 
 
@@ -463,7 +462,7 @@ def compare_all(
     reference = reference or ("threshold" if "threshold" in heads else next(iter(heads)))
 
     poisson = _draws(images, draws, seed, "poisson")
-    halves = _draws(images, draws, seed, "double_or_nothing")
+    halves = _draws(images, draws, seed, "double")
     slack = SLACK
     results: dict[str, DenseResult] = {}
     drawn: dict[str, Floats] = {}
@@ -493,7 +492,7 @@ def compare_all(
         n_genuine=images.n_genuine,
         n_impostor=images.n_impostor,
         n_genuine_people=int((images.pairs > 0).sum()),
-        effective_people=float(images.pairs.sum() ** 2 / np.square(images.pairs.astype(np.float64)).sum()),
+        effective_people=uncertainty.effective_number(images.pairs),
         draws=len(poisson.by_draw),
         level=level,
     )
@@ -530,7 +529,12 @@ class _Images:
         if who.ndim != 1:
             raise ValueError(f"people has shape {who.shape}: give one id an image, [n].")
         values = {"emb": emb, **{f"layer {name}": value for name, value in (layers or {}).items()}}
-        checked = {what: _embeddings(what, value, len(who)) for what, value in values.items()}
+        checked = {}
+        for what, value in values.items():
+            rows = np.shape(value)[:1]
+            if rows and rows[0] != len(who):
+                raise ValueError(f"{what} has {rows[0]} rows for {len(who)} people: give one row and one id an image.")
+            checked[what] = require_embeddings(what, value, len(who))
         names, person, photos = np.unique(who, return_inverse=True, return_counts=True)
         if len(names) < 2:
             raise ValueError(f"{len(who)} images of {len(names)} person: impostor pairs need two people at least.")
@@ -568,26 +572,6 @@ class _Images:
                 "Embed with that layer too."
             )
         return _Scores(name, head, self.emb if layer is None else self.layers[layer], self.row)
-
-
-def _embeddings(what: str, value: ArrayLike, n: int) -> NDArray[np.floating]:
-    emb = np.asarray(value)
-    if emb.ndim != 2 or emb.shape[1] == 0:
-        raise ValueError(f"{what} has shape {emb.shape}: give embeddings [n, d], one row an image.")
-    if len(emb) != n:
-        raise ValueError(f"{what} has {len(emb)} rows for {n} people: give one row and one person id an image.")
-    if emb.dtype not in (np.float32, np.float64):
-        emb = emb.astype(np.float64)
-    for found, rows in (
-        ("not finite", np.flatnonzero(~np.isfinite(emb).all(axis=1))),
-        ("all zero", np.flatnonzero(~emb.any(axis=1))),
-    ):
-        if len(rows):
-            raise ValueError(
-                f"{len(rows)} rows of {what} are {found}, first at {rows[:5].tolist()}: such an embedding says nothing "
-                "about a face. Embed these images again, or leave them out."
-            )
-    return emb
 
 
 def _targets(fmrs: Sequence[float]) -> list[float]:
@@ -854,8 +838,8 @@ class _Draws:
     sum_pairs: Ints
 
 
-def _draws(images: _Images, draws: int, seed: int, kind: str) -> _Draws:
-    return _weighed(images, _vertex_weights(len(images.names), draws, seed, kind))
+def _draws(images: _Images, draws: int, seed: int, kind: Literal["poisson", "double"]) -> _Draws:
+    return _weighed(images, uncertainty.vertex_weights(len(images.names), draws, seed, kind))
 
 
 def _weighed(images: _Images, weights: NDArray[Any]) -> _Draws:
@@ -878,16 +862,6 @@ def _weighed(images: _Images, weights: NDArray[Any]) -> _Draws:
         sum_people=np.array(people)[usable],
         sum_pairs=np.array(pairs)[usable],
     )
-
-
-def _vertex_weights(n_people: int, draws: int, seed: int, kind: str) -> Weights:
-    """[draws, n_people] small integers: Poisson(1), or 0 and 1 in equal shares ("double or nothing", whatever the unit)."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(draws):
-        w = rng.poisson(1.0, n_people) if kind == "poisson" else rng.integers(0, 2, n_people)
-        rows.append(w.astype(np.uint8))
-    return np.stack(rows)
 
 
 def _allowed(rate: float, n: Ints) -> Ints:
@@ -1034,7 +1008,7 @@ def _result(
     return DenseResult(
         name=name,
         auc=_auc(genuine, impostor),
-        eer=_eer(*_counts(genuine, impostor)),
+        eer=metrics.eer_of_counts(*_counts(genuine, impostor)),
         tar=points,
         transferred=transferred,
         curve=_curve(genuine, impostor),
@@ -1092,26 +1066,6 @@ def _auc(genuine: _Genuine, impostor: _Impostor) -> float:
     lost = int((2 * impostor.above + impostor.ties)[at].sum(dtype=object if impostor.n > 10**11 else np.int64))
     pairs = 2 * len(genuine.score) * impostor.n
     return (pairs - lost) / pairs
-
-
-def _eer(false: Ints, true: Ints) -> float:
-    """As `metrics.eer`, from counts: only thresholds at genuine scores can be corners of the hull."""
-    corner = np.ones(len(false), bool)
-    corner[1:-1] = (np.diff(true)[:-1] > 0) & (np.diff(false)[1:] > 0)
-    hull: list[tuple[int, int]] = []
-    for f, t in zip(false[corner].tolist(), true[corner].tolist(), strict=True):
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (f - hull[-2][0]) <= (t - hull[-2][1]) * (
-            hull[-1][0] - hull[-2][0]
-        ):
-            hull.pop()
-        hull.append((f, t))
-    genuine, impostor = int(true[-1]), int(false[-1])
-    for (f0, t0), (f1, t1) in itertools.pairwise(hull):
-        before = f0 * genuine - (genuine - t0) * impostor
-        after = f1 * genuine - (genuine - t1) * impostor
-        if after >= 0:
-            return (f0 * (after - before) - before * (f1 - f0)) / ((after - before) * impostor)
-    raise AssertionError("the hull ends at (1, 1), where FMR exceeds FNMR")
 
 
 def _curve(genuine: _Genuine, impostor: _Impostor) -> Curve:
@@ -1192,7 +1146,6 @@ def _differences(
     results: dict[str, DenseResult], drawn: dict[str, Floats], reference: str, level: float
 ) -> tuple[Difference, ...]:
     others = [name for name in results if name != reference]
-    normal = NormalDist()
     found = []
     for f, (fmr, base) in enumerate(results[reference].tar.items()):
         draws = {name: drawn[name][f] - drawn[reference][f] for name in others}
@@ -1214,7 +1167,7 @@ def _differences(
                     simultaneous_low=points[name] - critical * errors[name],
                     simultaneous_high=points[name] + critical * errors[name],
                     standard_error=errors[name],
-                    detectable=(normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(POWER)) * errors[name],
+                    detectable=uncertainty.detectable(errors[name], level),
                     level=level,
                     resolution=base.resolution,
                 )
