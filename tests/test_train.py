@@ -1,5 +1,6 @@
 """Training as it is used: real processes, a real kill, and what is left behind afterwards."""
 
+import dataclasses
 import json
 import os
 import re
@@ -430,3 +431,69 @@ def test_the_readmes_script_runs_as_written(whole, tmp_path):
     distance, verdict = done.stdout.splitlines()
     assert distance.startswith("squared distance ")
     assert verdict in ("same person", "different people")
+
+
+def test_inner_layers_are_the_encoders_and_not_negative(embedder):
+    images = np.random.default_rng(0).integers(0, 256, (5, embedder.size, embedder.size, 3)).astype(np.uint8)
+    block = next(name for name in embedder.layer_names if name.startswith("stage2"))
+    found = embedder.layers(images, ["features", block], batch=2)
+    from faceembed import embed
+    from faceembed.preprocess import normalize
+
+    encoder = embed.build_encoder(embedder.config)
+    both = normalize(embedder.preprocess, np.concatenate([images, images[:, :, ::-1]]))
+    expected, state = encoder.apply(
+        embedder.variables, both, train=False, method="features", capture_intermediates=True, mutable=["intermediates"]
+    )
+    expected = np.asarray(expected).reshape(2, 5, -1).mean(axis=0)
+    np.testing.assert_allclose(found["features"], expected, atol=1e-5)
+    inner = np.maximum(np.asarray(state["intermediates"][block]["__call__"][0]), 0).mean(axis=(1, 2))
+    np.testing.assert_allclose(found[block], inner.reshape(2, 5, -1).mean(axis=0), atol=1e-5)
+    assert all((value >= 0).all() and value.any() for value in found.values())
+    with pytest.raises(ValueError, match="no layer 'stage9'; it has features, "):
+        embedder.layers(images, ["stage9"])
+    with pytest.raises(ValueError, match="expected uint8"):
+        embedder.layers(images / 255, ["features"])
+
+
+@pytest.fixture(scope="module")
+def with_points(embedder):
+    """The checkpoint with a policy of enough people: its own has four calibrate people, who resolve no rate."""
+    from faceembed import evaluate
+    from faceembed.data import sources
+
+    assert embedder.policy["operating_points"] == {name: [] for name in embedder.policy["heads"]}
+    photos = sources.open_source("synthetic", people=40, photos=3, seed=9, size=36)
+    heads = {name: embedder.head(name) for name in embedder.policy["heads"]}
+    found = evaluate.compare_photos(embedder, photos, heads, fmrs=evaluate.POLICY_FMRS, progress=False, draws=50)
+    points = {name: evaluate._operating_points(found, name) for name in heads}
+    return dataclasses.replace(embedder, policy=embedder.policy | {"operating_points": points})
+
+
+def test_same_person_at_a_rate_that_people_resolve(with_points):
+    embedder = with_points
+    points = embedder.policy["operating_points"]["logistic_distance"]
+    assert [p["fmr"] for p in points] == [0.1, 0.01, 0.001][: len(points)]
+    assert len(points) >= 2
+    fmr = points[0]["fmr"]
+    assert all(p["impostor_pairs"] * p["fmr"] >= 10 for p in points)
+    assert all(p["threshold_interval"][0] <= p["threshold"] <= p["threshold_interval"][1] for p in points)
+    images = np.random.default_rng(0).integers(0, 256, (6, embedder.size, embedder.size, 3)).astype(np.uint8)
+    emb = embedder(images)
+    found = embedder.same(emb[:3], emb[3:], fmr=fmr)
+    head = embedder.head("logistic_distance")
+    np.testing.assert_array_equal(found, head.score(emb[:3], emb[3:]) >= points[0]["threshold"])
+    np.testing.assert_array_equal(embedder.same(images[:3], images[3:], fmr=fmr), found)
+    assert embedder.same(images[0], images[0], fmr=fmr) == True  # noqa: E712  (a bool, not an array)
+    assert embedder.same(emb[0], emb[0], fmr=fmr, head="threshold")
+    with pytest.raises(ValueError, match=r"no threshold of logistic_distance for an FMR of 1e-09; it has them for"):
+        embedder.same(emb[0], emb[1], fmr=1e-9)
+
+
+def test_the_final_report_compares_all_pairs_of_report_people(whole):
+    from faceembed.data import sources, splits
+
+    photos = sources.open_source("synthetic", people=120, photos=4, seed=0, size=36)
+    everyone = json.loads((whole[0] / "results.json").read_text())["all_pairs"]
+    assert everyone["n_people"] == (splits.split_of(photos.people) == "report").sum()
+    assert "every pair of" in whole[1]
