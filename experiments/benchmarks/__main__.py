@@ -18,7 +18,7 @@ from typing import Any
 from experiments.benchmarks import harness
 from faceembed import report
 
-BENCHMARKS = ("loss", "encoders", "layers", "step", "inference", "reading", "growth", "dense", "startup")
+BENCHMARKS = ("loss", "encoders", "layers", "step", "inference", "reading", "growth", "verification", "startup")
 
 
 def run_all(names: Sequence[str], options: Sequence[str], package: str = "experiments.benchmarks") -> dict[str, Any]:
