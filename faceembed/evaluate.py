@@ -235,8 +235,12 @@ def hardest_of_all(
     Whether they were accepted is told at the strictest FMR that these photos resolve.
     """
     head = results[name]
-    found = [*head.false_non_matches[:SHOWN], *head.false_matches[:SHOWN]]
-    first, second, score = (np.array(column) for column in zip(*found, strict=True))
+    first, second, score = (
+        np.array(column) for column in zip(*head.false_non_matches, *head.false_matches, strict=True)
+    )
+    who = photos.people[photos.identity]
+    chosen = hardest(score, who[first] == who[second], who[first], who[second])
+    first, second, score = first[chosen], second[chosen], score[chosen]
     point = min((p for p in head.tar.values() if p.resolution), key=lambda p: p.fmr, default=None)
     cut = point.threshold if point else np.inf
     return _with_crops(photos, first, second, score, score >= cut, size=size, progress=progress)

@@ -32,6 +32,9 @@ THUMBNAIL = 96
 """Pixels of a side: larger crops are scaled down to it."""
 
 
+CURVES = 6
+"""Heads that are drawn in one figure: the headline's, and the first of the others in the order asked for."""
+
 EVENTS = 8
 """Events of a training that are spelled out; the others are counted."""
 
@@ -208,8 +211,8 @@ def _headline_of_everyone(page: Page) -> str:
     ]
     return (
         f'<div class="headline"><p class="figure">{_e(report.format_percent(point["tar"]))}</p>'
-        f"<p>of a person's own photos are recognised where {100 * point['fmr']:g} % of strangers are taken for somebody "
-        f"else: mean over {results['n_genuine_people']:,} people. "
+        f"<p>of the pairs of one person's photos are accepted when {100 * point['fmr']:g} % of the pairs of two people's are: "
+        f"mean over {results['n_genuine_people']:,} people. "
         f"<span>With the head <code>{_e(name)}</code>; {level} interval "
         f"{_e(report.format_percent(interval['low']))} to {_e(report.format_percent(interval['high']))}.</span></p></div>\n"
         + _tiles(tiles)
@@ -262,7 +265,7 @@ def _heads(page: Page) -> str:
     fars = [point["target"] for point in first["tar"]]
     level = f"{100 * first['interval']['level']:g} %"
     names = ["head", "accuracy", f"{level} interval", "AUC", "EER"]
-    names += [*(f"TAR @ FAR {100 * far:g} %" for far in fars), "Cllr, bits", "Brier, ECE", "threshold"]
+    names += [*(f"TAR @ FAR {100 * far:g} %" for far in fars), "Cllr, bits", "threshold"]
     rows, flagged = [], False
     for name, head in heads.items():
         points = [_operating_point(point) for point in head["tar"]]
@@ -277,11 +280,13 @@ def _heads(page: Page) -> str:
                 + _beneath(spread),
                 _solid(report.format_interval(interval["low"], interval["high"]))
                 + _beneath(f"effective n {interval['n_effective']:,.0f}"),
-                f"{head['auc']:.4f}" + _beneath(f"{head['auc_low']:.4f} to {head['auc_high']:.4f}"),
+                f"{head['auc']:.4f}" + _beneath(f"{head['auc_low']:.3f}\u00a0to\u00a0{head['auc_high']:.3f}"),
                 _solid(report.format_percent(head["eer"])),
                 *(_tar(point) for point in points),
-                ("-" if head["cllr"] is None else f"{head['cllr']:.3f}") + _beneath(f"least {head['min_cllr']:.3f}"),
-                "-" if head["brier"] is None else f"{head['brier']:.4f}" + _beneath(f"ECE {100 * head['ece']:.1f} %"),
+                ("-" if head["cllr"] is None else f"{head['cllr']:.3f}")
+                + _beneath(f"least\u00a0{head['min_cllr']:.3f}")
+                + ("" if head["brier"] is None else _beneath(f"Brier\u00a0{head['brier']:.3f}"))
+                + ("" if head["ece"] is None else _beneath(f"ECE\u00a0{100 * head['ece']:.1f}\u00a0%")),
                 _several(head["threshold"]),
             ]
         )
@@ -327,7 +332,8 @@ def _differences(page: Page) -> str:
     table = _table(
         ["head", f"difference in {primary}, points", "interval for all at once", "detectable", "McNemar p"], rows
     )
-    sentences = "".join(f"<p>{_e(sentence)}</p>" for sentence in results["conclusions"])
+    sentences = "".join(f"<li>{_e(sentence)}</li>" for sentence in results["conclusions"])
+    sentences = f'<ul class="sentences">{sentences}</ul>'
     refits = ", heads refitted on training people drawn anew" if results["refits"] else "; the heads are given"
     notes = (
         "Thick: the interval of this head alone; thin: intervals that hold for all heads at once. They allow for pairs "
@@ -437,7 +443,7 @@ def _everyone(page: Page) -> str:
             f"{100 * spread['top_1']:.0f} % of <code>{_e(name)}</code>'s false matches and take part in "
             f"{100 * spread['exposure_1']:.0f} % of the impostor comparisons; 10 % hold {100 * spread['top_10']:.0f} % and "
             f"take part in {100 * spread['exposure_10']:.0f} %.</p>"
-            f'<div class="columns"><div><h3>Most false matches (lambs and wolves)</h3>'
+            f'<div class="two"><div><h3>Most false matches (lambs and wolves)</h3>'
             f"{_table(('person', 'photos', 'false matches', 'comparisons'), who)}</div>"
             f"<div><h3>Refused most often (goats)</h3>"
             f"{_table(('person', 'photos', 'refused', 'own pairs'), not_found)}</div></div>"
@@ -462,7 +468,7 @@ def _dense_roc(results: Mapping[str, Any]) -> str:
     ]
     # The band has the colour of the line whose it is: that one comes first.
     order = [name, *(other for other in results["heads"] if other != name)]
-    series = sorted(series, key=lambda line: order.index(line.name))
+    series = sorted(series, key=lambda line: order.index(line.name))[:CURVES]
     if len(grid):
         series[0] = dataclasses.replace(series[0], band=(grid, low, high))
     return plots.lines(
@@ -486,7 +492,7 @@ def _dense_det(results: Mapping[str, Any]) -> str:
     return _det(
         {
             name: (np.asarray(head["curve"]["fmr"], np.float64), 1 - np.asarray(head["curve"]["tar"], np.float64))
-            for name, head in results["heads"].items()
+            for name, head in list(results["heads"].items())[:CURVES]
         },
         10 / results["n_impostor"],
         10 / max(1, results["n_genuine"]),
@@ -588,9 +594,10 @@ def _score_figures(page: Page) -> str:
     same = np.asarray(page.same, bool)
     name = headline(page.scores)
     order = [name, *(other for other in page.scores if other != name)]
-    bands = {other: heads[other]["band"] for other in page.scores}
+    order = order[:CURVES]
+    bands = {other: heads[other]["band"] for other in order}
     figures = [_figure("roc", _roc({other: page.scores[other] for other in order}, same, bands[name]), _ROC_NOTE)]
-    curves = {other: metrics.det(page.scores[other], same) for other in _distinct(page.scores)}
+    curves = {other: metrics.det(page.scores[other], same) for other in _distinct(page.scores) if other in order}
     figures.append(
         _figure(
             "det",
@@ -598,7 +605,7 @@ def _score_figures(page: Page) -> str:
             _DET_NOTE,
         )
     )
-    calibration = _reliability(heads)
+    calibration = _reliability({other: heads[other] for other in order})
     if calibration:
         note = "Below the diagonal a head is too sure that it is one person, above it too unsure."
         figures.append(_figure("reliability", calibration, note))
@@ -614,7 +621,9 @@ def _score_figures(page: Page) -> str:
         )
         note = "Genuine pairs left of the threshold and impostor pairs right of it are the errors."
         figures.append(_figure(f"scores-{other}", svg, note if other == name else ""))
-    return f'<div class="figures">{"".join(figures)}</div>'
+    left_out = len(page.scores) - len(order)
+    note = f'<p class="small">Drawn are {len(order)} of {len(page.scores)} heads.</p>' if left_out else ""
+    return f'<div class="figures">{"".join(figures)}</div>{note}'
 
 
 _ROC_NOTE = (
@@ -970,6 +979,8 @@ code,pre{font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .lead{color:var(--muted);margin:10px 0 0}
 small{display:block;color:var(--muted);font:12px/1.35 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
 font-variant-numeric:tabular-nums}
+.sentences{margin:0 0 20px;padding-left:18px}
+.sentences li{margin:0 0 4px;overflow-wrap:anywhere}
 .small,figcaption{color:var(--muted);font-size:13px;line-height:1.5}
 .headline{display:flex;flex-wrap:wrap;align-items:center;gap:8px 28px;margin:32px 0 24px}
 .headline p{margin:0;max-width:46ch;flex:1 1 300px;font-size:17px}
@@ -1007,6 +1018,7 @@ tbody th{color:var(--muted);white-space:nowrap}
 .changed td:nth-child(2){font-weight:600}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:0 20px}
 .columns td{width:70%}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:0 20px}
 pre{margin:0;padding:14px 16px;overflow-x:auto;background:var(--ground);border:1px solid var(--rule);border-radius:10px;
 white-space:pre-wrap;overflow-wrap:anywhere}
 details{margin-top:28px}

@@ -59,7 +59,9 @@ BAND_POINTS = 30
 CURVE_POINTS = 250
 """Points of a curve along each axis: as many spread over log FMR as over TAR."""
 WORST = 10
-"""People and pairs in each list of the worst."""
+"""People in each list of the worst."""
+PAIRS = 100
+"""Pairs in each list of the worst: many may be of one person."""
 LOWEST = np.finfo(np.float32).min
 
 
@@ -749,7 +751,7 @@ def _impostor(
     slack: float,
 ) -> _Impostor:
     n = images.n_impostor
-    keep = min(n, math.ceil(slack * max(targets) * n) + 1)
+    keep = min(n, max(PAIRS, math.ceil(slack * max(targets) * n) + 1))
     if keep > MAX_TAIL:
         raise ValueError(
             f"an FMR of {max(targets)} of {n:,} impostor pairs means keeping {keep:,} of them, more than the "
@@ -1135,10 +1137,10 @@ def _worst(
     images: _Images, rising: NDArray[np.float32], i: NDArray[np.int32], j: NDArray[np.int32], *, sign: int
 ) -> tuple[ScoredPair, ...]:
     """The first pairs of a rising order; of equals, those first that come first in the arrays given."""
-    tied = int(np.searchsorted(rising, rising[min(WORST, len(rising)) - 1], side="right"))
+    tied = int(np.searchsorted(rising, rising[min(PAIRS, len(rising)) - 1], side="right"))
     one, other = images.row[i[:tied]], images.row[j[:tied]]
     low, high = np.minimum(one, other), np.maximum(one, other)
-    order = np.lexsort((high, low, rising[:tied]))[:WORST]
+    order = np.lexsort((high, low, rising[:tied]))[:PAIRS]
     return tuple(ScoredPair(int(low[k]), int(high[k]), sign * float(rising[k])) for k in order)
 
 
