@@ -211,8 +211,8 @@ def _headline_of_everyone(page: Page) -> str:
     ]
     return (
         f'<div class="headline"><p class="figure">{_e(report.format_percent(point["tar"]))}</p>'
-        f"<p>of the pairs of one person's photos are accepted when {100 * point['fmr']:g} % of the pairs of two people's are: "
-        f"mean over {results['n_genuine_people']:,} people. "
+        f"<p>of the pairs of one person's photos are accepted when {100 * point['fmr']:g} % of the pairs of two people's "
+        f"are: mean over {results['n_genuine_people']:,} people. "
         f"<span>With the head <code>{_e(name)}</code>; {level} interval "
         f"{_e(report.format_percent(interval['low']))} to {_e(report.format_percent(interval['high']))}.</span></p></div>\n"
         + _tiles(tiles)
