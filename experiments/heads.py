@@ -1,4 +1,4 @@
-"""Do learned heads beat a threshold?  (A minute on 2 cores, once photos are embedded.)
+"""Do learned heads beat a threshold?  (3 minutes a checkpoint on 2 cores.)
 
 For each checkpoint: every head of `HEADS`, also on the encoder's non-negative features, fitted on
 
@@ -7,8 +7,8 @@ For each checkpoint: every head of `HEADS`, also on the encoder's non-negative f
 
 and tested on LFW's View 1 test pairs by accuracy, declared in advance, and on all pairs of the View 1 test people by TAR at
 matched FMR. Every head is held against `threshold`, with intervals for all heads at once and the smallest difference that
-the data could detect. docs/verification.md says what came out: expect one head or two beyond their intervals, and transfer to
-take the gain away.
+the data could detect. docs/verification.md says what came out: expect one head or two beyond their intervals, and transfer
+to take the gain away.
 
     python -m experiments.heads runs/celeba [CHECKPOINT …] [--data-dir DIR] [--draws 1000] [--json FILE]
 """

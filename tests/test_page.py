@@ -446,3 +446,15 @@ def test_the_hardest_pairs_carry_their_own_photos(full):
             assert (crop == 5 * place[photo]).all()
             assert photo.startswith(person)
         assert (pair.people[0] == pair.people[1]) == pair.same
+
+
+def test_all_with_all_is_bounded_by_photos_of_a_person_and_in_all():
+    photos, *_ = embedded(0, people=12, photos=3)
+    assert len(evaluate.bounded(photos)) == 36
+    few = evaluate.bounded(photos, each=2)
+    assert np.bincount(few.identity).tolist() == [2] * 12
+    assert [few.read(i)[0, 0, 0] for i in range(4)] == [0, 5, 15, 20]
+    some = evaluate.bounded(photos, most=10)
+    assert np.bincount(some.identity).tolist() == [3] * 3
+    by_hash = sorted(photos.people.tolist(), key=evaluate.person_hash)
+    assert sorted(some.people.tolist()) == sorted(by_hash[:3])

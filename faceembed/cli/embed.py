@@ -14,9 +14,6 @@ from faceembed.cli.train import use_compilation_cache
 if TYPE_CHECKING:
     from faceembed.embed import Embedder
 
-CHUNK = 4096
-"""Photos decoded at once: bounds memory whatever the size of the source."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -51,7 +48,7 @@ def run(arguments: list[str]) -> None:
     if options.batch < 1:
         raise ValueError(f"--batch is {options.batch}: at least one photo at once. Try --batch 256.")
     from faceembed import report
-    from faceembed.data import pipeline, sources
+    from faceembed.data import sources
 
     # What is wrong with the photos is told before JAX is imported; only synthetic ones depend on the checkpoint.
     embedder = load(options.checkpoint) if options.source == "synthetic" else None
@@ -62,16 +59,10 @@ def run(arguments: list[str]) -> None:
     for line in sources.problem_lines(photos):
         print(line)
     embedder = embedder or load(options.checkpoint)
+    from faceembed import evaluate
+
     started = time.perf_counter()
-    parts = []
-    with sources.progress_bar(None, len(photos), "embedding", shown=options.progress) as bar:
-        for start in range(0, len(photos), CHUNK):
-            mask = np.zeros(len(photos), bool)
-            mask[start : start + CHUNK] = True
-            crops = pipeline.decode_all(sources.select(photos, mask), embedder.size, progress=False)
-            parts.append(embedder(crops, options.batch))
-            bar.update(len(crops))
-    embeddings = np.concatenate(parts)
+    embeddings, _ = evaluate.embed_photos(embedder, photos, batch=options.batch, progress=options.progress)
     seconds = time.perf_counter() - started
     options.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp.npz")

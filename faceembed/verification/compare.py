@@ -338,6 +338,10 @@ def compare(
     quantities = ["accuracy", "auc", *(f"tar@{far:g}" for far in fars)]
     if primary not in quantities:
         raise ValueError(f"primary is {primary!r}: declare one of {', '.join(quantities)}.")
+    if draws < 2 or refit < 0 or refit == 1:
+        raise ValueError(
+            f"draws is {draws} and refit {refit}: a spread needs two at least; 1000 and 0 (or 100) are usual."
+        )
     if refit and test.people_a is None:
         raise ValueError("refit draws training people anew, and people were not given: give people_a and people_b.")
 
