@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import faceembed
 from faceembed import checkpoint, embed, page, report
 from faceembed.data import pairs as pair_lists
 from faceembed.data import pipeline, sources, splits
@@ -337,7 +338,9 @@ def make_page(
             "detector": "none: photos are taken as they are framed",
         },
         "Versions": {
-            name: importlib.metadata.version(name) for name in ("faceembed", "jax", "flax", "numpy", "scikit-learn")
+            # A clone that was never installed has no metadata of its own.
+            "faceembed": faceembed.__version__,
+            **{name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "scikit-learn")},
         },
     }
     environment = run / "environment.json" if run else None

@@ -998,7 +998,7 @@ background:var(--rule);border:1px solid var(--rule);border-radius:10px}
 background:var(--wash);font-size:14.5px}
 .warning,.event{border-color:var(--warn);background:var(--warn-wash)}
 .warning b,.event b{color:var(--warn)}
-.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:20px}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:20px;margin-bottom:20px}
 .figures figure{margin:0;background:var(--ground);border:1px solid var(--rule);border-radius:10px;overflow:hidden;
 break-inside:avoid}
 .figures svg{display:block;width:100%;height:auto}

@@ -30,7 +30,7 @@ ALLOWED = {
     "training.step": {"mesh", "training.diagnostics"},
     "checkpoint": {"config", "training.step"},
     "embed": {"checkpoint", "config", "data", "encoders", "preprocess", "verification"},
-    "evaluate": {"checkpoint", "data", "embed", "metrics", "page", "report", "verification"},
+    "evaluate": {"faceembed", "checkpoint", "data", "embed", "metrics", "page", "report", "verification"},
     "training.loop": {
         "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "report",
         "training.diagnostics", "training.logs", "training.step",
