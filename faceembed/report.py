@@ -118,7 +118,7 @@ def verdict(low: float, high: float) -> str:
         return f"it is better, by {100 * low:.2f} to {100 * high:.2f}."
     if high < 0:
         return f"it is worse, by {-100 * high:.2f} to {-100 * low:.2f}."
-    return f"no difference is shown; differences above {100 * max(-low, high):.2f} are excluded."
+    return f"no difference is shown; differences above {100 * abs(max(-low, high)):.2f} are excluded."
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None) -> str:
