@@ -195,7 +195,8 @@ def test_a_head_at_a_layer_reads_that_layer_alone():
     main, layer = faces(0, prefix="t"), planted(10, n=240)
     layer = EmbeddedPairs(layer.a, layer.b, main.same)
     pairs = EmbeddedPairs(*parts(main), layers={"deep": (layer.a, layer.b)})
-    results = compare(*parts(pairs), train=pairs, heads=["logistic_abs", "logistic_abs@deep"], layers=pairs.layers)
+    results = compare(*parts(pairs), train=pairs, heads=["logistic_abs", "logistic_abs@deep"], layers=pairs.layers,
+                      allow_shared=True)  # fmt: skip
     at = results["logistic_abs@deep"].fitted[0]
     assert (at.name, at.layer) == ("logistic_abs@deep", "deep")
     assert Head.from_dict(at.to_dict()) == at

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -314,7 +315,7 @@ def test_everything_fitted_comes_from_training_pairs(name):
 def test_given_folds_follow_lfw_view_2():
     pairs = faces(0, n=200, people=150, noise=1.0)
     fold = np.arange(200) % 10
-    result = compare(*parts(pairs), folds=fold, heads=["threshold"], fars=[0.1])["threshold"]
+    result = compare(*parts(pairs), folds=fold, heads=["threshold"], fars=[0.1], allow_shared=True)["threshold"]
     shares, thresholds = [], []
     for f in range(10):
         head = fit("threshold", *parts(pairs.take(fold != f)))
@@ -371,12 +372,20 @@ def test_people_on_both_sides_are_reported():
         np.where(test.people_b == "q003", "p003", test.people_b),
     )
     assert compare(*parts(test), train=train, heads=["threshold"]).warnings == ()
-    leaky = compare(test.a, test.b, test.same, *renamed, train=train, heads=["threshold"])
-    assert any("1 tested people are among the training people (p003)" in w for w in leaky.warnings)
-    assert "WARNING: 1 tested people" in str(leaky)
+    rows = np.flatnonzero((renamed[0] == "p003") | (renamed[1] == "p003"))
+    told = (
+        f"1 people are among the tested and the training people \\(p003\\), in {len(rows)} tested pairs, first at rows "
+    )
+    with pytest.raises(ValueError, match=told + re.escape(str(rows[:5].tolist())) + ".*allow_shared=True"):
+        compare(test.a, test.b, test.same, *renamed, train=train, heads=["threshold"])
+    leaky = compare(test.a, test.b, test.same, *renamed, train=train, heads=["threshold"], allow_shared=True)
+    assert any("(p003): the figures flatter the heads" in w for w in leaky.warnings)
+    assert "WARNING: 1 people are among" in str(leaky)
     blind = compare(*parts(test, people=False), train=train, heads=["threshold"])
     assert any("people were not given" in w for w in blind.warnings)
-    folded = compare(*parts(faces(0, people=20)), folds=np.arange(240) % 3, heads=["threshold"])
+    with pytest.raises(ValueError, match="20 people are in more than one fold .* in 240 tested pairs"):
+        compare(*parts(faces(0, people=20)), folds=np.arange(240) % 3, heads=["threshold"])
+    folded = compare(*parts(faces(0, people=20)), folds=np.arange(240) % 3, heads=["threshold"], allow_shared=True)
     assert any("people are in more than one fold" in w for w in folded.warnings)
     with pytest.raises(ValueError, match="cannot be compared"):
         compare(*parts(test)[:3], test.same * 0, test.same * 1 - 1, train=train, heads=["threshold"])
@@ -421,7 +430,7 @@ def test_results_are_written_as_json_with_their_resolution(tmp_path):
 
 
 def test_the_results_name_their_heads():
-    results = compare(*parts(faces(1)), train=faces(0), heads=QUICK_HEADS)
+    results = compare(*parts(faces(1)), train=faces(0, prefix="t"), heads=QUICK_HEADS)
     assert tuple(results) == QUICK_HEADS
     assert len(results) == 2
     with pytest.raises(KeyError, match=r"logistic_abs.*threshold, logistic_distance"):
@@ -460,7 +469,7 @@ def test_the_results_name_their_heads():
         (lambda: compare(*parts(GOOD), folds=np.linspace(0, 1, 240)), "folds are float64"),
         (lambda: compare(*parts(GOOD.take(np.arange(6))), folds=7), "6 pairs cannot make 7 folds"),
         (lambda: compare(*parts(GOOD), folds=GOOD.same.astype(int)), "left to fit on while fold 0 is tested"),
-        (lambda: compare(*parts(GOOD), train=GOOD, fars=[0]), "far is 0"),
+        (lambda: compare(*parts(GOOD), train=GOOD, fars=[0], allow_shared=True), "far is 0"),
         (lambda: fit("threshold", GOOD.a, GOOD.b, GOOD.same).score(GOOD.a[:, :3], GOOD.b[:, :3]), "fitted on 8"),
     ],
 )

@@ -51,6 +51,8 @@ class Options:
     """Error rates within so many clusters of photos that look alike to the encoder."""
     allow_missing: bool = False
     """Leave out pairs of photos that are not there, and say how many, instead of ending."""
+    allow_shared: bool = False
+    """Go on, with a warning, where tested people are among those that heads are fitted on, or folds share people."""
     parity: bool = False
     """Print what the field's own scripts (facenet, InsightFace) would print for the same embeddings, beside ours."""
     out: Path | None = None
@@ -192,7 +194,7 @@ def _pairs(
     more: dict[str, Any] = {} if options.fars is None else {"fars": options.fars}
     results = evaluate.compare_pairs(
         embedder, tested, fit=fitted, folds=test.pairs.fold if fitted is None else None, heads=heads,
-        primary=options.primary, draws=options.draws, refit=options.refit, **more,
+        primary=options.primary, draws=options.draws, refit=options.refit, allow_shared=options.allow_shared, **more,
     )  # fmt: skip
     warnings = list(results.warnings)
     if sum(test.pairs.lost):
@@ -258,7 +260,10 @@ def _everyone(
     warnings = list(evaluate.trained_on(embedder, test.photos.people))
     both = sorted(set(map(str, used.people)) & set(map(str, test.photos.people)))
     if both and used.source == test.photos.source:
-        warnings.append(f"{len(both)} tested people are among those the heads were fitted on, such as {both[0]}.")
+        leak = f"{len(both)} tested people are among those the heads were fitted on, such as {both[0]}"
+        if not options.allow_shared:
+            raise ValueError(f"{leak}. Name other pairs: --fit; or go on with a warning: --allow-shared.")
+        warnings.append(f"{leak}: the figures flatter the heads.")
     print(
         f"{options.pairs} by {embedder.path}; heads fitted on {fit_spec}, thresholds set on all pairs of its photos\n"
     )

@@ -270,6 +270,7 @@ def compare(
     reference: str | None = None,
     draws: int = 1000,
     refit: int = 0,
+    allow_shared: bool = False,
     seed: int = 0,
     level: float = 0.95,
 ) -> Results:
@@ -290,7 +291,7 @@ def compare(
         are: normalise first if the encoder does not.
       same: [n] bool, True for genuine pairs; both kinds must be present.
       people_a, people_b: [n] person ids. With them, intervals allow for pairs that share people, and people who are
-        among the training people too are reported.
+        among the training people too are refused.
       train: training pairs: `EmbeddedPairs`, or (a, b, same) or (a, b, same, people_a, people_b).
       folds: [n] ints, or how many to deal; by default 10 are dealt unless `train` is given.
       heads: entries of `HEADS`, or "HEAD@LAYER".
@@ -302,6 +303,7 @@ def compare(
       refit: how many times training people are drawn anew (with replacement) and heads fitted to them, with the
         regularisation they had. The variance of a figure over these refits is added to that over tested people. 0 leaves
         the intervals conditional on the fitted heads. Needs people.
+      allow_shared: go on, with a warning, where tested people are among the training people, or folds share people.
       seed: of the draws.
       level: coverage of the intervals, in (0, 1).
 
@@ -310,7 +312,8 @@ def compare(
 
     Raises:
       ValueError: unusable embeddings (the rows are named), one kind of pair only, shapes that do not fit, both train
-        and folds, an unknown head, layer or quantity, or refits without people.
+        and folds, an unknown head, layer or quantity, refits without people, or people on both sides (the rows are
+        named) unless that is allowed.
 
     >>> rng = np.random.default_rng(0)
     >>> people = rng.normal(size=(60, 8))
@@ -348,9 +351,9 @@ def compare(
     warnings: list[str] = []
     given = folds is not None and np.ndim(folds) > 0
     if train is not None:
-        trials, protocol = _trained(train, test, warnings)
+        trials, protocol = _trained(train, test, warnings, allow_shared)
     else:
-        trials, protocol = _folded(folds, test, warnings)
+        trials, protocol = _folded(folds, test, warnings, allow_shared)
     if test.people_a is None:
         warnings.append("people were not given: nobody could check that training and tested people differ.")
 
@@ -385,7 +388,20 @@ def compare(
     )
 
 
-def _trained(train: Any, test: EmbeddedPairs, warnings: list[str]) -> tuple[list[_Trial], str]:
+def _shared(people: list[Any], test: EmbeddedPairs, where: str, allowed: bool) -> str:
+    """What to warn of; or a ValueError that names the tested rows."""
+    if not allowed:
+        sides = [np.isin(np.asarray(side), people) for side in (test.people_a, test.people_b)]
+        rows = np.flatnonzero(sides[0] | sides[1])
+        raise ValueError(
+            f"{len(people)} people are {where} ({_some(people)}), in {len(rows)} tested pairs, first at rows "
+            f"{rows[:5].tolist()}: heads would be tested on people they were fitted on. Leave these pairs out, let "
+            "folds be dealt by person (folds=10), or go on with a warning: allow_shared=True, --allow-shared."
+        )
+    return f"{len(people)} people are {where} ({_some(people)}): the figures flatter the heads."
+
+
+def _trained(train: Any, test: EmbeddedPairs, warnings: list[str], allow_shared: bool) -> tuple[list[_Trial], str]:
     if not isinstance(train, EmbeddedPairs):
         if len(train) not in (3, 5):
             raise ValueError(
@@ -405,13 +421,11 @@ def _trained(train: Any, test: EmbeddedPairs, warnings: list[str]) -> tuple[list
         warnings.append("training people were not given: nobody could check that training and tested people differ.")
     both = protocols.shared_people(train, test)
     if both:
-        warnings.append(
-            f"{len(both)} tested people are among the training people ({_some(both)}): the figures flatter the heads."
-        )
+        warnings.append(_shared(both, test, "among the tested and the training people", allow_shared))
     return [_Trial(train, test, np.arange(len(test)))], f"heads fitted on {len(train):,} other pairs"
 
 
-def _folded(folds: Any, test: EmbeddedPairs, warnings: list[str]) -> tuple[list[_Trial], str]:
+def _folded(folds: Any, test: EmbeddedPairs, warnings: list[str], allow_shared: bool) -> tuple[list[_Trial], str]:
     if folds is not None and np.ndim(folds) > 0:
         fold, disjoint = protocols.given_folds(test, folds), False
         protocol = f"{fold.max() + 1} given folds, each tested by heads fitted on the others"
@@ -431,7 +445,7 @@ def _folded(folds: Any, test: EmbeddedPairs, warnings: list[str]) -> tuple[list[
     # Dealt folds share nobody by construction; prescribed ones only if their author saw to it.
     both = sorted({name for trial in trials for name in protocols.shared_people(trial.fit, trial.test)})
     if both:
-        warnings.append(f"{len(both)} people are in more than one fold ({_some(both)}): they are fitted on and tested.")
+        warnings.append(_shared(both, test, "in more than one fold", allow_shared))
     return trials, protocol
 
 
