@@ -181,7 +181,7 @@ def command(monkeypatch):
 
 
 def test_embed_counts_photos_and_tells_what_was_odd(album, tmp_path, monkeypatch, capsys, command):
-    from faceembed.cli import embed
+    from faceembed import evaluate
 
     (album / "anna" / "a.jpg").write_text("not an image")
     bars = []
@@ -196,7 +196,7 @@ def test_embed_counts_photos_and_tells_what_was_odd(album, tmp_path, monkeypatch
         return bar
 
     monkeypatch.setattr(sources, "progress_bar", watched)
-    monkeypatch.setattr(embed, "CHUNK", 4)
+    monkeypatch.setattr(evaluate, "CHUNK", 4)
     saved = command(f"folder:{album}", tmp_path / "out.npz", "--data-dir", str(tmp_path / "cache"))
     assert len(saved["embedding"]) == 6
     assert bars == [(6, [4, 2])]
