@@ -407,7 +407,7 @@ def final_report(
     everyone = compare_photos(embedder, some["report"], heads, thresholds=thresholds_of(calibrated), progress=progress)
     if len(some["report"]) < len(people_of["report"]):
         print(f"of {len(people_of['report']):,} photos {len(some['report']):,}: at most 50 of a person, 15,000 in all")
-    print(f"{everyone}\n")
+    print(f"{everyone.summary}\n")
     content = {
         "schema": report.SCHEMA,
         "checkpoint": str(embedder.path),

@@ -331,9 +331,13 @@ class DenseResults:
         """JSON's types, for `report.write_json`."""
         return report.jsonable({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
-    def __str__(self) -> str:
-        every = [point for result in self.heads.values() for point in result.tar.values()]
-        lines = [
+    @property
+    def summary(self) -> str:
+        """What was compared, and the first table: TAR with each person weighted equally."""
+        return "\n".join(self._counted())
+
+    def _counted(self) -> list[str]:
+        return [
             f"{self.n_genuine:,} genuine and {self.n_impostor:,} impostor pairs: every pair of {self.n_images:,} images "
             f"of {self.n_people:,} people",
             f"{self.n_genuine_people:,} people have genuine pairs; weighted by pairs they count for "
@@ -341,6 +345,12 @@ class DenseResults:
             "",
             "TAR at matched FMR, each person weighted equally",
             self._table(by_pair=False),
+        ]
+
+    def __str__(self) -> str:
+        every = [point for result in self.heads.values() for point in result.tar.values()]
+        lines = [
+            *self._counted(),
             "",
             "the same, each genuine pair weighted equally",
             self._table(by_pair=True),
