@@ -391,7 +391,7 @@ def test_runs_of_other_losses_and_of_older_versions_have_their_curves(full):
 
 def test_the_threshold_of_its_own_fold_decides_a_pair():
     _, pairs, a, b, who_a, who_b = embedded(2)
-    result = compare(a, b, pairs.same, who_a, who_b, folds=np.arange(len(a, allow_shared=True)) % 3)["threshold"]
+    result = compare(a, b, pairs.same, who_a, who_b, folds=np.arange(len(a)) % 3, allow_shared=True)["threshold"]
     np.testing.assert_array_equal(result.cuts, np.array(result.threshold)[np.arange(len(a)) % 3])
     assert len(set(result.threshold)) == 3
     assert "cuts" not in result.to_dict()
