@@ -246,7 +246,8 @@ def rate_interval(
     r = np.asarray(influence, np.float64)
     variance = _variances(r[None], person_a, person_b)[0] + extra
     if variance > 0 and 0 < estimate < 1:
-        effective = min(float(len(r)), estimate * (1 - estimate) / variance)
+        # It may exceed the number of pairs: an AUC compares each genuine pair with each impostor pair.
+        effective = estimate * (1 - estimate) / variance
     else:
         effective = float(_units(len(r), person_a, person_b))
     return metrics.wilson(min(1.0, max(0.0, estimate)), effective, level=level)
