@@ -1,8 +1,10 @@
 """Verification lists: pairs of photos, and whether they show the same person."""
 
+import collections
 import csv
 import dataclasses
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,10 @@ def load_pairs(
     if kind == "bin" and rest:
         key_a, key_b, same, fold, photos = verification_bin.read_bin(Path(rest).expanduser())
         return Pairs(key_a=key_a, key_b=key_b, same=same, fold=fold), photos
-    if kind == "hard" and "@" in rest:
-        file, _, people = rest.rpartition("@")
+    if kind == "hard" and ".npz@" in rest:
+        # The first, since folders may have an @ in their names.
+        stem, _, people = rest.partition(".npz@")
+        file = f"{stem}.npz"
         photos = load_people(
             f"all:{people}", data_dir=directory, split=split, allow_missing=allow_missing, progress=progress, **options
         )
@@ -126,6 +130,8 @@ def load_people(
         if view not in LFW_PEOPLE:
             known = ", ".join(f"all:lfw:{name}" for name in LFW_PEOPLE)
             raise ValueError(f"{spec!r} is none of {known}.")
+        if options:
+            raise ValueError(f"{spec!r} takes no options, got {', '.join(sorted(options))}.")
         return _lfw_people(view, directory, allow_missing)
     held_out = rest.startswith("heldout:")
     photos = sources.open_source(rest.removeprefix("heldout:"), data_dir=directory, progress=progress, **options)
@@ -142,18 +148,39 @@ def _lfw_people(view: str, data_dir: Path, allow_missing: bool) -> Photos:
     if not path.is_file():
         raise FileNotFoundError(_lacks(path))
     names, counts, _ = read_lfw_people(path)
-    there = dict(zip(photos.people.tolist(), np.bincount(photos.identity).tolist(), strict=True))
-    missing = [
-        f"{name} ({count - there.get(name, 0)} of {count})"
-        for name, count in zip(names.tolist(), counts.tolist(), strict=True)
-        if there.get(name, 0) != count
-    ]
+    number = dict(zip(photos.people.tolist(), np.bincount(photos.identity).tolist(), strict=True))
+    there = np.array([number.get(name, 0) for name in names.tolist()], np.int64)
+    more = [f"{names[i]} ({there[i]} for {counts[i]})" for i in np.flatnonzero(there > counts)]
+    if more:
+        raise ValueError(
+            f"lfw has more photos of {len(more)} people than {path.name} lists: {_named(more)}. It is the list of another "
+            "set of photos."
+        )
+    missing = [f"{names[i]} ({counts[i] - there[i]} of {counts[i]})" for i in np.flatnonzero(there < counts)]
     if missing and not allow_missing:
         raise ValueError(
             f"{path.name} names photos of {len(missing)} people that lfw lacks: {_named(missing)}. Prepare lfw again from "
             "the whole archive, or go on without them: --allow-missing."
         )
-    return sources.select(photos, np.isin(photos.people, names)[photos.identity])
+    if not there.any():
+        raise ValueError(f"lfw has no photo of the {len(names)} people in {path.name}: nobody is left.")
+    chosen = sources.select(photos, np.isin(photos.people, names)[photos.identity])
+    if not missing:
+        return chosen
+    listed, kept = _number_of_pairs(counts), _number_of_pairs(there)
+    lost = sources.Problem(
+        path=f"{path}: {missing[0]}",
+        reason=f"people with photos missing: {len(missing):,} people, and {listed[0] - kept[0]:,} genuine and "
+        f"{listed[1] - kept[1]:,} impostor pairs were left out",
+    )
+    return dataclasses.replace(chosen, problems=(*chosen.problems, lost))
+
+
+def _number_of_pairs(counts: np.ndarray) -> tuple[int, int]:
+    """Genuine and impostor pairs of people with so many photos each."""
+    n = counts.astype(np.int64)
+    genuine = int((n * (n - 1) // 2).sum())
+    return genuine, int(n.sum() * (n.sum() - 1) // 2) - genuine
 
 
 def _named(names: list[str], most: int = 10) -> str:
@@ -373,7 +400,7 @@ def read_embeddings(path: Path, photos: Photos) -> np.ndarray:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is another kind of file, or lacks photos, which are named.
+      ValueError: it is another kind of file, or names a photo twice, or lacks photos, which are named.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -382,11 +409,17 @@ def read_embeddings(path: Path, photos: Photos) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as file:
             embedding, key = file["embedding"], file["key"]
-    except (OSError, ValueError, KeyError) as error:
+    # TypeError is what an .npy file under this name gives: an array is nothing to open.
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a file of launch.py embed (embedding, key): {error}.") from error
+    if embedding.dtype.kind != "f":
+        raise ValueError(f"{path}: embedding is {embedding.dtype}: expected floats.")
     if embedding.ndim != 2 or key.shape != embedding.shape[:1]:
         raise ValueError(f"{path}: embedding has shape {embedding.shape} and key {key.shape}: expected a key a row.")
     place = {str(name): row for row, name in enumerate(key)}
+    if len(place) != len(key):
+        twice = sorted(name for name, times in collections.Counter(map(str, key)).items() if times > 1)
+        raise ValueError(f"{path} has {len(twice)} keys more than once: {_named(twice)}. Embed the source again.")
     missing = [str(name) for name in photos.keys if str(name) not in place]
     if missing:
         raise ValueError(
@@ -403,7 +436,8 @@ def read_metadata(path: Path) -> dict[str, dict[str, str]]:
       attribute → photo key or person → value; empty cells are left out. "key" or "person" itself says which under "".
 
     Raises:
-      ValueError: neither or both of the columns are there, or no other, or a line names somebody twice.
+      ValueError: neither or both of the columns are there, or no other, or two of one name, or a line names somebody
+        twice, or has another number of cells.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -411,10 +445,10 @@ def read_metadata(path: Path) -> dict[str, dict[str, str]]:
         rows = list(reader)
     by = [name for name in ("key", "person") if name in columns]
     attributes = [name for name in columns if name not in ("key", "person")]
-    if len(by) != 1 or not attributes:
+    if len(by) != 1 or not attributes or "" in columns or len(set(columns)) != len(columns):
         raise ValueError(
             f"{path}, line 1: columns are {', '.join(columns) or 'none'}; expected key (of photos) or person, and "
-            "attributes."
+            "attributes, each with a name of its own."
         )
     found: dict[str, dict[str, str]] = {"": {"by": by[0]}, **{name: {} for name in attributes}}
     seen: set[str] = set()
@@ -423,6 +457,9 @@ def read_metadata(path: Path) -> dict[str, dict[str, str]]:
         if not name or name in seen:
             raise ValueError(f"{path}, line {line}: {by[0]} is {name!r}: " + ("given before." if name else "empty."))
         seen.add(name)
+        # csv gives cells beyond the columns under None, and None for those that a line lacks.
+        if None in row or None in row.values():
+            raise ValueError(f"{path}, line {line}: expected {len(columns)} cells. Put values with commas in quotes.")
         for attribute in attributes:
             value = (row[attribute] or "").strip()
             if value:
@@ -605,7 +642,8 @@ def read_csv(path: Path, *, allow_missing: bool = False) -> tuple[Pairs, Photos]
         raise FileNotFoundError(
             f"{path}: no such image beside it: {_named(missing)}. To go on without their pairs: --allow-missing."
         )
-    there = [key for key in leader if key not in set(missing)]
+    gone = set(missing)
+    there = [key for key in leader if key not in gone]
     _, keys, identity, people = sources.arrange(there, [name_of[key][0] if named else lead(key) for key in there])
     pairs = Pairs(
         key_a=np.array([row["a"] for row in rows], str),

@@ -3,7 +3,9 @@
 Such a file is a pickle of (images, same): encoded images, two a pair in turn, and a boolean a pair. It comes from
 strangers, and unpickling a stranger's file runs whatever code it names. So nothing is unpickled here: an interpreter of the
 instructions that such files need builds lists, tuples, bytes, numbers and arrays of bytes, calls nothing that the file
-names, and refuses the rest by name.
+names, and refuses the rest by name. (A `pickle.Unpickler` with its own `find_class` would still run the machine that builds
+objects and sets their states; here there is none.) What is built is in proportion to the file: a small one cannot fill the
+memory.
 """
 
 import hashlib
@@ -24,6 +26,11 @@ from faceembed.data.sources import Photos
 
 FOLDS = 10
 """As the field's own scripts have; made of consecutive pairs where their number divides."""
+
+
+_FEW, _BYTES_EACH = 100_000, 16
+"""Instructions that any file may have, and bytes that it needs for each beyond: an image is thousands of bytes, and some
+twenty instructions at most."""
 
 
 class Refused(ValueError):
@@ -48,7 +55,8 @@ def read_pickle(data: bytes) -> Any:
       data: of any protocol, from Python 2 as well (whose strings become bytes).
 
     Raises:
-      Refused: the pickle names anything else to call or to build, which is then NOT called.
+      Refused: the pickle names anything else to call or to build, which is then NOT called; or it would grow far beyond
+        its own size.
       ValueError: it is damaged or cut off.
 
     >>> import pickle
@@ -57,15 +65,23 @@ def read_pickle(data: bytes) -> Any:
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    most, made = _FEW + len(data) // _BYTES_EACH, 0
     try:
-        for opcode, arg, _ in _instructions(data):
+        for number, (opcode, arg, _) in enumerate(_instructions(data)):
             name = opcode.name
+            if number == most:
+                raise Refused(f"it has more than {most:,} instructions in {len(data):,} bytes: no list of images has")
             if name == "STOP":
                 [result] = stack
                 return _plain(result)
             if name not in _OPCODES:
                 raise Refused(f"it holds the instruction {name}, which no verification list needs")
             _OPCODES[name](stack, memo, arg)
+            if name in ("REDUCE", "BUILD"):
+                # The only ones that copy, and what they copy may be fetched from the memo again and again.
+                made += _size(stack[-1])
+                if made > len(data):
+                    raise Refused(f"it makes more than its own {len(data):,} bytes by copying: no list of images does")
     except Refused:
         raise
     # What a cut-off or mangled stream does to an interpreter: names of opcodes, memo entries and items are not there.
@@ -79,6 +95,12 @@ def _instructions(data: bytes) -> Iterator[tuple[Any, Any, Any]]:
         # Of the escapes in a mangled string.
         warnings.simplefilter("ignore", DeprecationWarning)
         yield from pickletools.genops(io.BytesIO(data))
+
+
+def _size(value: Any) -> int:
+    """Bytes that were copied to make it."""
+    value = value.value if isinstance(value, _Array) else value
+    return len(value) if isinstance(value, bytes) else int(value.nbytes) if isinstance(value, np.ndarray) else 0
 
 
 def _plain(value: Any) -> Any:
@@ -114,7 +136,9 @@ def _push_bytes(stack: list[Any], memo: dict[int, Any], arg: Any) -> None:
 
 
 def _since_mark(stack: list[Any]) -> list[Any]:
-    at = len(stack) - 1 - next(i for i, item in enumerate(reversed(stack)) if item is _MARK)
+    at = next((i for i in reversed(range(len(stack))) if stack[i] is _MARK), None)
+    if at is None:
+        raise ValueError("the beginning of a group is missing")
     items = stack[at + 1 :]
     del stack[at:]
     return items
@@ -162,7 +186,7 @@ def _put(stack: list[Any], memo: dict[int, Any], arg: Any) -> None:
 def _named(stack: list[Any], name: str) -> None:
     if name not in _CALLABLES:
         raise Refused(
-            f"it asks to run {name}, which no verification list needs: it may be an attack. Nothing of it was run"
+            f"it asks to run {name[:100]}, which no verification list needs: it may be an attack. Nothing of it was run"
         )
     stack.append(_Callable(name, _CALLABLES[name]))
 
@@ -194,8 +218,11 @@ def _build(stack: list[Any], memo: dict[int, Any], arg: Any) -> None:
 def _filled(content: Any, dtype: Any, shape: Any) -> np.ndarray:
     content = content.encode("latin-1") if isinstance(content, str) else content
     if not isinstance(dtype, np.dtype) or not isinstance(content, bytes) or not isinstance(shape, tuple):
-        raise Refused(f"it holds an array of {type(content).__name__} and {dtype}")
-    if not all(isinstance(size, int) and size >= 0 for size in shape) or math.prod(shape) != len(content):
+        raise Refused(f"it holds an array of {type(content).__name__} and {type(dtype).__name__}")
+    # Bounded before they are multiplied: a product of a million huge numbers would never end.
+    if len(shape) > 4 or not all(isinstance(size, int) and 0 <= size <= len(content) for size in shape):
+        raise ValueError(f"an array of {len(content)} bytes has a shape that is not theirs")
+    if math.prod(shape) != len(content):
         raise ValueError(f"an array of shape {shape} has {len(content)} bytes")
     if dtype.kind == "b" and content.strip(b"\0\1"):
         raise ValueError("a boolean is neither 0 nor 1")
@@ -203,19 +230,22 @@ def _filled(content: Any, dtype: Any, shape: Any) -> np.ndarray:
 
 
 def _text(value: Any) -> str:
-    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+    # Never str() of anything else: a tuple of tuples of one tuple, 40 deep, is a small file and a text without end.
+    if not isinstance(value, str | bytes):
+        raise Refused(f"it has a {type(value).__name__} where a name is due")
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 def _dtype(name: Any, *_: Any) -> np.dtype:
     if _text(name) not in _DTYPES:
-        raise Refused(f"it holds an array of {_text(name)!r}: expected bytes or booleans")
+        raise Refused(f"it holds an array of {_text(name)[:20]!r}: expected bytes or booleans")
     return np.dtype(_DTYPES[_text(name)])
 
 
 def _encode(text: Any, codec: Any = "latin1") -> bytes:
     # How Python 3 writes bytes for Python 2 to read.
     if not isinstance(text, str) or _text(codec) not in ("latin1", "latin-1"):
-        raise Refused(f"it encodes a {type(text).__name__} as {codec!r}")
+        raise Refused(f"it encodes a {type(text).__name__} as {_text(codec)[:20]!r}")
     return text.encode("latin-1")
 
 
@@ -225,7 +255,7 @@ def _scalar(dtype: Any, content: Any) -> Any:
 
 def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if _text(order) != "C":
-        raise Refused(f"it holds an array in the order {order!r}")
+        raise Refused(f"it holds an array in the order {_text(order)[:20]!r}")
     return _filled(content, dtype, shape)
 
 
@@ -294,16 +324,21 @@ def read_bin(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
         images, same = _checked(content)
     except ValueError as error:
         raise ValueError(f"{path} was not read: {error}.") from error
-    digests = [hashlib.sha256(image).hexdigest()[:16] for image in images]
+    # A list may hold one image many times; it is hashed once.
+    digest = {
+        id(image): hashlib.sha256(image).hexdigest()[:16] for image in {id(image): image for image in images}.values()
+    }
+    digests = [digest[id(image)] for image in images]
     unique, first, place = np.unique(digests, return_index=True, return_inverse=True)
     a, b = place[0::2], place[1::2]
     joined = coo_matrix((np.ones(int(same.sum()), bool), (a[same], b[same])), (len(unique), len(unique)))
     _, person = connected_components(joined, directed=False)
     wrong = np.flatnonzero(~same & (person[a] == person[b]))
     if len(wrong):
+        shown = ", ".join(map(str, wrong[:10])) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
         raise ValueError(
-            f"{path}: {len(wrong)} impostor pairs, first pair {wrong[0]} (counted from 0), show photos that genuine pairs "
-            "join into one person. The labels contradict each other: get the file again."
+            f"{path}: impostor pairs {shown} (counted from 0) are of one photo, or of photos that genuine pairs join into "
+            "one person. The labels contradict each other: get the file again."
         )
     # A person is called after one of their photos.
     leader = np.full(person.max() + 1, len(unique))
@@ -343,13 +378,28 @@ def _checked(content: Any) -> tuple[list[bytes], np.ndarray]:
         raise ValueError(f"it holds {kinds} instead of a list of images and a list of labels")
     if isinstance(content[1], np.ndarray) and content[1].ndim != 1:
         raise ValueError(f"its labels have shape {content[1].shape}")
-    images = [image.tobytes() if isinstance(image, np.ndarray) else image for image in map(_plain, content[0])]
-    same = [_plain(value) for value in (content[1].tolist() if isinstance(content[1], np.ndarray) else content[1])]
-    odd = next((i for i, image in enumerate(images) if not isinstance(image, bytes) or not image), None)
+    found = [_plain(image) for image in content[0]]
+    odd = next((i for i, image in enumerate(found) if not _is_encoded(image)), None)
     if odd is not None:
-        raise ValueError(f"image {odd} is a {type(images[odd]).__name__}, not an encoded image")
-    if not all(value in (0, 1) for value in same) or not same:
+        form = f" {found[odd].dtype} {found[odd].shape}" if isinstance(found[odd], np.ndarray) else ""
+        raise ValueError(f"image {odd} is a {type(found[odd]).__name__}{form}, not an encoded image")
+    # Each array is copied once, however often the list holds it.
+    copies = {
+        id(image): image.tobytes()
+        for image in {id(image): image for image in found}.values()
+        if isinstance(image, np.ndarray)
+    }
+    images = [copies.get(id(image), image) for image in found]
+    same = [_plain(value) for value in (content[1].tolist() if isinstance(content[1], np.ndarray) else content[1])]
+    if not all(isinstance(value, int) and value in (0, 1) for value in same) or not same:
         raise ValueError("its labels are not booleans")
     if len(images) != 2 * len(same):
         raise ValueError(f"it has {len(images)} images for {len(same)} pairs: expected two a pair")
     return images, np.array(same, bool)
+
+
+def _is_encoded(image: Any) -> bool:
+    """Whether it may be a file's bytes, as such or as the uint8 row that MXNet made of them."""
+    if isinstance(image, np.ndarray):
+        return image.ndim == 1 and image.dtype == np.uint8 and image.size > 0
+    return isinstance(image, bytes) and len(image) > 0
