@@ -152,7 +152,10 @@ def train(
                 span = _Span(first + 1, finished=first)
                 for number, moved in enumerate(meshes.to_devices(host, mesh), start=first + 1):
                     if profile and number == profile[0]:
-                        jax.profiler.start_trace(str(run / "profile"))
+                        # Without frames of Python: hooking into threads that a save is just ending can crash.
+                        options = jax.profiler.ProfileOptions()
+                        options.python_tracer_level = 0
+                        jax.profiler.start_trace(str(run / "profile"), profiler_options=options)
                     state, measured = update(state, moved)
                     span.metrics.append(measured)
                     running.append(measured["loss"])
