@@ -47,7 +47,7 @@ def test_the_table_has_a_row_a_method_and_tells_a_wrong_one(tmp_path, capsys):
     rows = coverage.main(["--replications", "20", "--data-dir", str(tmp_path), "--json", str(tmp_path / "rows.json")])
     assert (tmp_path / "rows.json").is_file()
     named = {(row["pairs"], row["quantity"], row["interval"]): float(row["coverage"].split()[0]) for row in rows}
-    assert len(named) == 29
+    assert len(named) == 42
     assert named["one person has half", "AUC", "independent pairs (DeLong)"] < 80
     assert named["one person has half", "AUC", "dyadic sandwich"] >= 80
     assert "nominal coverage 95 %" in capsys.readouterr().out

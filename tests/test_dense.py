@@ -333,8 +333,10 @@ def test_limits_for_all_heads_together_are_those_of_the_one_that_strays_farthest
     assert family["p4"].low == single.low  # on shared draws, whatever else is compared
     factors = {(d.simultaneous_high - d.difference) / d.standard_error for d in family.values() if d.head != "same"}
     assert max(factors) == pytest.approx(min(factors))
-    same = family["same"]
-    assert (same.difference, same.simultaneous_low, same.simultaneous_high, same.standard_error) == (0, 0, 0, 0)
+    same, limit = family["same"], 3 / results.n_genuine_people  # as for a rate of which no event was seen
+    assert (same.difference, same.standard_error) == (0, 0)
+    assert (same.low, same.high) == (same.simultaneous_low, same.simultaneous_high) == (-limit, limit)
+    assert same.detectable == limit
 
 
 class Projected:

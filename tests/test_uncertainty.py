@@ -41,7 +41,8 @@ def test_without_shared_people_it_is_wilsons_interval():
     dyadic = dyadic_interval(correct, np.arange(50), np.arange(50) + 50)
     # Each person has a 50th of the impostor pairs: 50 pairs say what 49²/50 would if people could not pull.
     assert dyadic.n_effective == pytest.approx(49**2 / 50)
-    assert (dyadic.low, dyadic.high) == pytest.approx(metrics.wilson(0.8, 49**2 / 50))
+    # 100 people: Student's quantile with 99 degrees of freedom is 1.9842, which is a normal one at 95.2768 %.
+    assert (dyadic.low, dyadic.high) == pytest.approx(metrics.wilson(0.8, 49**2 / 50, level=0.9527683), abs=1e-6)
     plain = wilson_interval(correct)
     assert (plain.low, plain.high) == metrics.wilson(0.8, 50)
 
@@ -201,6 +202,29 @@ def test_matched_tar_influence_is_the_spread_of_the_figure_over_new_data():
     assert np.mean(spreads) > 1.3 * fixed
 
 
+def test_an_accepted_impostor_costs_true_accepts_and_shares_the_sign_with_refused_genuine_pairs():
+    """40 genuine and 40 impostor pairs on even ladders: the slope of the ROC at FAR 1/4 is 1."""
+    same = np.arange(80) % 2 == 0
+    scores = np.repeat(np.arange(40.0), 2)
+    r = uncertainty.matched_tar_influence(scores, same, 0.25)
+    accepted = scores >= 30
+    np.testing.assert_allclose(r[same], np.where(accepted[same], 0.75, -0.25) * 2, atol=1e-12)
+    np.testing.assert_allclose(r[~same], np.where(accepted[~same], -0.75, 0.25) * 2, rtol=0.06)
+
+
+def test_an_auc_may_be_surer_than_as_many_coin_tosses_as_pairs():
+    scores, same = scored(0, n=400, ties=False)
+    area, r = metrics.auc(scores, same), uncertainty.auc_influence(scores, same)
+    effective = area * (1 - area) * 400**2 / np.square(r).sum()
+    assert uncertainty.rate_interval(area, r, None, None) == pytest.approx(metrics.wilson(area, effective))
+    compact = r / 3  # a figure of a third of that error
+    assert uncertainty.rate_interval(area, compact, None, None) == pytest.approx(metrics.wilson(area, 9 * effective))
+    added = area * (1 - area) / effective
+    assert uncertainty.rate_interval(area, r, None, None, extra=added) == pytest.approx(
+        metrics.wilson(area, effective / 2)
+    )
+
+
 # ---- differences ---------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +253,22 @@ def test_simultaneous_intervals_know_how_alike_heads_are(correlation, critical):
         assert d.high / d.standard_error == pytest.approx(1.960, abs=0.001)
 
 
+def test_few_people_take_students_quantile():
+    """With 6 people: 2.5706 alone, and for two uncorrelated figures at once 3.0905 (bivariate t, by quadrature)."""
+    people = np.arange(6)
+    r = np.array([[1.0, -1.0, 1.0, -1.0, 0.0, 0.0], [1.0, 1.0, -1.0, -1.0, 0.0, 0.0]])
+    found = uncertainty.differences(r, [0.0, 0.0], people, people, draws=400_000)
+    for d in found:
+        assert d.high / d.standard_error == pytest.approx(2.5706, abs=1e-4)
+        assert d.simultaneous_high / d.standard_error == pytest.approx(3.0905, abs=0.02)
+    [unknown] = uncertainty.differences(r[:1], [0.0], None, None)
+    assert unknown.high / unknown.standard_error == pytest.approx(1.95996, abs=1e-4)
+    low, high = uncertainty.rate_interval(0.5, r[0], people, people)
+    effective = 0.25 / found[0].standard_error ** 2
+    # Wilson's interval at one half: ± q / (2 √(n + q²)).
+    assert high - low == pytest.approx(2.5706 / math.sqrt(effective + 2.5706**2), rel=1e-4)
+
+
 def test_differences_over_people_use_the_sandwich_and_never_less_than_independence():
     rng = np.random.default_rng(2)
     people = np.repeat(np.arange(40), 5)
@@ -240,6 +280,15 @@ def test_differences_over_people_use_the_sandwich_and_never_less_than_independen
     assert together.standard_error == pytest.approx(math.sqrt(expected))
     assert together.standard_error > 2 * math.sqrt(np.square(r[0]).sum()) / 200
     assert apart.standard_error == pytest.approx(math.sqrt(np.square(r[1]).sum()) / 200)
+
+
+def test_a_variance_that_is_raised_keeps_its_correlations():
+    """Two heads that differ from the reference alike are one comparison, whether or not the sandwich was too low."""
+    people = np.repeat(np.arange(60), 4)
+    r = np.tile([1.0, -0.9, 1.0, -1.1], 60)
+    assert dyadic_variance(r, people, people) < np.square(r).sum() / len(r) ** 2
+    for d in uncertainty.differences(np.stack([r, 2 * r]), [0.0, 0.0], people, people):
+        assert d.simultaneous_high == pytest.approx(d.high, rel=0.03)
 
 
 def test_heads_that_decide_alike_are_not_proved_equal():
@@ -269,6 +318,7 @@ def test_mcnemar_by_hand():
     # Three and one of four: 2·(1 + 4)/16.
     assert (found.only_first, found.only_second, found.p) == (3, 1, pytest.approx(10 / 16))
     assert uncertainty.mcnemar([1, 0], [1, 0]).p == 1.0
+    assert uncertainty.mcnemar([0, 0, 0, 1], [0, 0, 1, 1]).only_second == 1  # wrong together twice counts for neither
     with pytest.raises(ValueError, match=r"decisions \(2,\) and \(3,\)"):
         uncertainty.mcnemar([1, 0], [1, 0, 1])
 
@@ -286,6 +336,12 @@ def test_weights_of_people_have_their_distribution():
     assert (poisson == 0).mean() == pytest.approx(math.exp(-1), abs=0.01)
     with pytest.raises(ValueError, match="kind is 'triple'"):
         uncertainty.vertex_weights(2, 2, 0, "triple")
+
+
+def test_a_genuine_pair_has_its_persons_weight_once_and_products_do_not_overflow():
+    weights = np.array([[3, 20, 30], [0, 1, 2]], np.uint8)
+    found = uncertainty.pair_weights(weights, [0, 1, 1, 2], [0, 1, 2, 0])
+    np.testing.assert_array_equal(found, [[3, 20, 600, 90], [0, 1, 2, 0]])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -315,3 +371,38 @@ def test_a_rate_without_variance_is_as_uncertain_as_there_are_people():
     people = np.arange(40) % 8
     low, high = uncertainty.rate_interval(1.0, np.zeros(40), people, people)
     assert (low, high) == metrics.wilson(1.0, 8)
+
+
+def test_a_stricter_threshold_costs_tar_so_accepted_impostors_count_against_it():
+    scores = np.array([9.0, 7.0, 5.0, 3.0, 8.0, 6.0, 4.0, 2.0, 1.0, 0.0])
+    same = np.arange(10) < 4
+    influence = uncertainty.matched_tar_influence(scores, same, 0.34)
+    accepted = scores >= metrics.threshold_at_far(scores, same, 0.34)
+    assert (influence[same & accepted] > 0).all()
+    assert (influence[~same & accepted] < 0).all()
+    assert (influence[~same & ~accepted] > 0).all()
+
+
+def test_weights_of_pairs_do_not_wrap_around_as_bytes_would():
+    assert uncertainty.pair_weights(np.array([[20, 30]], np.uint8), [0, 0], [0, 1]).tolist() == [[20.0, 600.0]]
+
+
+def test_mcnemar_counts_both_sides():
+    assert uncertainty.mcnemar([1, 1, 0, 0, 0], [0, 1, 1, 1, 0]) == uncertainty.McNemar(
+        only_first=1, only_second=2, p=1.0
+    )
+
+
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_variance_from_elsewhere_widens_an_interval_at_the_edge_too(right):
+    a, b = np.arange(40), np.arange(40) + 100
+    correct, z = np.full(40, right), NormalDist().inv_cdf(0.975)
+    for of in (
+        lambda extra: (lambda i: (i.low, i.high))(dyadic_interval(correct, a, b, extra=extra)),
+        lambda extra: uncertainty.rate_interval(right, correct - right, a, b, extra=extra),
+    ):
+        plain, wide = of(0.0), of(0.0025)
+        far = 0 if right else 1  # the limit that is not at the edge
+        assert plain[1 - far] == pytest.approx(right)
+        assert wide[1 - far] == pytest.approx(right)
+        assert abs(wide[far] - right) == pytest.approx(math.hypot(plain[far] - right, 0.05 * z))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from faceembed import metrics, report
+from faceembed import metrics, report, uncertainty
 from faceembed.verification import HEADS, EmbeddedPairs, Head, compare, fit, protocols
 from faceembed.verification import heads as heads_module
 
@@ -286,6 +286,30 @@ def test_given_folds_fit_on_every_other_fold_even_where_people_are_shared():
     for f, (train, test) in enumerate(protocols.splits(pairs, fold, disjoint=False)):
         np.testing.assert_array_equal(test, np.flatnonzero(np.arange(60) % 3 == f))
         assert len(train) == 40
+
+
+def test_folds_that_agree_to_the_last_pair_do_not_make_an_interval_without_width():
+    pairs = faces(0, people=30, n=120, noise=0.01)
+    result = compare(*parts(pairs), folds=np.arange(120) % 4, heads=["threshold"], allow_shared=True)["threshold"]
+    assert len(set(result.fold_accuracy)) == 1
+    expected = uncertainty.dyadic_interval(np.ones(120), pairs.people_a, pairs.people_b)
+    assert result.interval == expected
+    assert expected.low < 1 == expected.high
+
+
+def test_refits_widen_the_interval_over_given_folds():
+    pairs = faces(0, people=30, n=120, noise=0.8)
+    plain, refitted = (
+        compare(*parts(pairs), folds=np.arange(120) % 4, heads=["threshold"], allow_shared=True, refit=refit)[
+            "threshold"
+        ]
+        for refit in (0, 12)
+    )
+    assert plain.standard_error == refitted.standard_error > 0
+    assert refitted.interval.low < plain.interval.low
+    assert refitted.interval.high > plain.interval.high
+    assert refitted.interval.n_effective < plain.interval.n_effective
+    assert "training people are as those at hand" in refitted.interval.assumes
 
 
 # Comparison

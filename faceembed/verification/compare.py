@@ -572,15 +572,10 @@ def _result(
     by_fold = tuple(float(correct[trial.where].mean()) for trial in trials)
 
     if over_folds:
-        accuracy, standard_error, interval = _over_folds(by_fold, len(test), level)
+        accuracy, standard_error, interval = _over_folds(by_fold, correct, test, level, extra.get("accuracy", 0.0))
     else:
         accuracy = float(correct.mean())
-        if test.people_a is None or test.people_b is None:
-            interval = uncertainty.wilson_interval(correct, level=level)
-        else:
-            interval = uncertainty.dyadic_interval(
-                correct, test.people_a, test.people_b, level=level, extra=extra.get("accuracy", 0.0)
-            )
+        interval = _over_pairs(correct, test, level, extra.get("accuracy", 0.0))
         standard_error = math.sqrt(accuracy * (1 - accuracy) / interval.n_effective)
 
     def around(quantity: str, estimate: float) -> tuple[float, float]:
@@ -640,21 +635,32 @@ def _one_or_all(values: list[float]) -> float | tuple[float, ...]:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _over_folds(by_fold: tuple[float, ...], n: int, level: float) -> tuple[float, float, Interval]:
-    k = len(by_fold)
-    mean, spread = float(np.mean(by_fold)), float(np.std(by_fold, ddof=1))
-    standard_error = spread / math.sqrt(k)
-    half = float(student.ppf((1 + level) / 2, k - 1)) * standard_error
+def _over_folds(
+    by_fold: tuple[float, ...], correct: NDArray[np.bool_], test: EmbeddedPairs, level: float, extra: float
+) -> tuple[float, float, Interval]:
+    k, n = len(by_fold), len(test)
+    mean, standard_error = float(np.mean(by_fold)), float(np.std(by_fold, ddof=1)) / math.sqrt(k)
+    if not standard_error:
+        # Folds that agree to the last pair show no spread, which does not mean that others would agree, too.
+        return mean, standard_error, _over_pairs(correct, test, level, extra)
+    variance = standard_error**2 + extra
+    half = float(student.ppf((1 + level) / 2, k - 1)) * math.sqrt(variance)
     interval = Interval(
         low=max(0.0, mean - half),
         high=min(1.0, mean + half),
         level=level,
         n=n,
-        n_effective=min(float(n), mean * (1 - mean) / standard_error**2) if standard_error else float(n),
+        n_effective=min(float(n), mean * (1 - mean) / variance),
         assumes=f"the accuracies of the {k} folds are independent and alike (Student's t), though their heads share "
-        "training pairs",
+        "training pairs" + ("; training people are as those at hand" if extra else ""),
     )
     return mean, standard_error, interval
+
+
+def _over_pairs(correct: NDArray[np.bool_], test: EmbeddedPairs, level: float, extra: float) -> Interval:
+    if test.people_a is None or test.people_b is None:
+        return uncertainty.wilson_interval(correct, level=level)
+    return uncertainty.dyadic_interval(correct, test.people_a, test.people_b, level=level, extra=extra)
 
 
 def _operating_point(

@@ -498,7 +498,7 @@ def compare_all(
     return DenseResults(
         heads=results,
         reference=reference,
-        differences=_differences(results, drawn, reference, level),
+        differences=_differences(results, drawn, reference, int((images.pairs > 0).sum()), level),
         n_images=len(images.person),
         n_people=len(images.names),
         n_genuine=images.n_genuine,
@@ -1155,19 +1155,24 @@ def _worst(
 
 
 def _differences(
-    results: dict[str, DenseResult], drawn: dict[str, Floats], reference: str, level: float
+    results: dict[str, DenseResult], drawn: dict[str, Floats], reference: str, people: int, level: float
 ) -> tuple[Difference, ...]:
     others = [name for name in results if name != reference]
+    nothing = 3 / people  # as `uncertainty.differences`: the limit for a rate of which no event was seen
     found = []
     for f, (fmr, base) in enumerate(results[reference].tar.items()):
         draws = {name: drawn[name][f] - drawn[reference][f] for name in others}
         points = {name: results[name].tar[fmr].tar - base.tar for name in others}
         errors = {name: float(draws[name].std(ddof=1)) for name in others}
-        # Heads that never differ from the reference cannot stray from it either.
+        # Heads that never differ from the reference stray from it in no draw either: see `nothing`.
         t = [np.abs(draws[name] - points[name]) / errors[name] for name in others if errors[name] > 0]
         critical = float(np.quantile(np.max(t, axis=0), level)) if t else 0.0
         for name in others:
             low, high = np.quantile(draws[name], [(1 - level) / 2, (1 + level) / 2]).tolist()
+            wide, found_with = critical * errors[name], uncertainty.detectable(errors[name], level)
+            if not errors[name]:
+                low, high = points[name] - nothing, points[name] + nothing
+                wide = found_with = nothing
             found.append(
                 Difference(
                     head=name,
@@ -1176,10 +1181,10 @@ def _differences(
                     difference=points[name],
                     low=low,
                     high=high,
-                    simultaneous_low=points[name] - critical * errors[name],
-                    simultaneous_high=points[name] + critical * errors[name],
+                    simultaneous_low=points[name] - wide,
+                    simultaneous_high=points[name] + wide,
                     standard_error=errors[name],
-                    detectable=uncertainty.detectable(errors[name], level),
+                    detectable=found_with,
                     level=level,
                     resolution=base.resolution,
                 )
