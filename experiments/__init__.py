@@ -1,5 +1,9 @@
 """One experiment or one question a file; `EXPERIMENTS` names those that `launch.py train` knows."""
 
-from experiments import celeba, quickstart
+from experiments import celeba, finetune_dlib, quickstart
 
-EXPERIMENTS = {"quickstart": quickstart.EXPERIMENT, "celeba": celeba.EXPERIMENT}
+EXPERIMENTS = {
+    "quickstart": quickstart.EXPERIMENT,
+    "celeba": celeba.EXPERIMENT,
+    "finetune_dlib": finetune_dlib.EXPERIMENT,
+}

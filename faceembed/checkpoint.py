@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from faceembed import config as configs
+from faceembed import report
 from faceembed.training.step import TrainState
 
 ITEMS = ("params", "train", "data", "config")
@@ -86,14 +87,18 @@ class Checkpoints:
             metrics={"score": float(score)},
         )
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """The facts of what was trained on, of the newest step."""
+        return self._manager.restore(self.latest, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+
     def check_data(self, data: dict[str, Any], run: Path) -> None:
         """Refuses to go on with other photos than the newest step was trained on: the plan of batches would be another.
 
         Raises:
           ValueError: if the sources' fingerprints differ.
         """
-        args = ocp.args.Composite(data=ocp.args.JsonRestore())
-        stored = self._manager.restore(self.latest, args=args)["data"]
+        stored = self.data
         if stored["fingerprint"] != data["fingerprint"]:
             raise ValueError(
                 f"{data['source']} is not what {run} was trained on: {stored['people']:,} training people with "
@@ -136,6 +141,36 @@ def _params_item(state: TrainState) -> dict[str, Any]:
 
 def _train_item(state: TrainState) -> dict[str, Any]:
     return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+
+
+def write(run: Path, experiment: configs.Experiment, variables: Any, data: dict[str, Any]) -> None:
+    """Writes variables from elsewhere as a run directory of one step, 0: evaluation and `--init` read it as any other.
+
+    Args:
+      run: a folder that is not there yet, or empty.
+      experiment: names the encoder and how photos are read.
+      variables: {"params", "batch_stats"}.
+      data: JSON-able facts of where they come from.
+
+    Raises:
+      FileExistsError: the folder holds something.
+    """
+    if run.exists() and any(run.iterdir()):
+        raise FileExistsError(f"{run} is not empty: give a folder of its own, or remove what is in it.")
+    manager = _manager(run, keep_best=1)
+    arrays = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    with contextlib.closing(manager):
+        manager.save(
+            0,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave({**arrays, "loss": {}, "ema": arrays}),
+                data=ocp.args.JsonSave({**data, "step": 0}),
+                config=ocp.args.JsonSave({"json": configs.to_json(experiment)}),
+            ),
+            metrics={"score": 0.0},
+        )
+        manager.wait_until_finished()
+    report.write_text(run / "config.json", configs.to_json(experiment))
 
 
 def check_same(run: Path, experiment: configs.Experiment) -> None:

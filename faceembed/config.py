@@ -173,6 +173,19 @@ class ViT:
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DlibResNet:
+    """dlib's face recognition network (King 2017), a ResNet-29 without batch normalisation, native at 150 px."""
+
+    unit: bool = True
+    """Embeddings of unit length; dlib's own have not."""
+    dim: int = 128
+    """Numbers in an embedding."""
+
+    def __post_init__(self) -> None:
+        _check_dim(self.dim)
+
+
 def _check_drop(name: str, share: float) -> None:
     if not 0 <= share < 1:
         raise ValueError(
@@ -354,7 +367,7 @@ class Checkpoint:
                 )
 
 
-Encoder = ConvNet | MobileFaceNet | IResNet | InceptionResNetV1 | ViT
+Encoder = ConvNet | MobileFaceNet | IResNet | InceptionResNetV1 | ViT | DlibResNet
 Loss = Triplet | Contrastive | PairLogistic
 Optimizer = AdamW | SGD
 
@@ -366,6 +379,7 @@ CHOICES: dict[str, dict[str, Any]] = {
         **{f"iresnet{depth}": IResNet(depth=typing.cast(Any, depth)) for depth in (18, 34, 50, 100)},
         "inception_resnet_v1": InceptionResNetV1(),
         "vit": ViT(),
+        "dlib_resnet": DlibResNet(),
     },
     "loss": {"triplet": Triplet(), "contrastive": Contrastive(), "pair_logistic": PairLogistic()},
     "optimizer": {"adamw": AdamW(), "sgd": SGD()},
@@ -380,6 +394,13 @@ class Experiment:
     """Updates in all."""
     seed: int = 0
     """Every random number follows from it."""
+    init: str | None = None
+    """Checkpoint to start from: a run directory, a step of one, or a pretrained name such as dlib. Layers of another shape,
+    as with another --encoder.dim, start afresh."""
+    freeze: tuple[str, ...] = ()
+    """Layers that stay as they are, their batch statistics too: patterns such as 'stem*' 'block[1-9]'."""
+    layer_rates: tuple[str, ...] = ()
+    """PATTERN=FACTOR, such as 'block*=0.1': these layers' learning rate times the factor; the last that fits counts."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the encoder's computation; parameters and losses stay float32 under bfloat16. float64 is for comparisons."""
     data: Data = Data()
@@ -412,13 +433,15 @@ def encoder_name(encoder: Encoder) -> str:
             return "inception_resnet_v1"
         case ViT():
             return "vit"
+        case DlibResNet():
+            return "dlib_resnet"
 
 
 _TYPES = {
     cls.__name__: cls
     for cls in (
-        Experiment, Data, Preprocess, Batch, ConvNet, MobileFaceNet, IResNet, InceptionResNetV1, ViT, Triplet, Contrastive,
-        PairLogistic, AdamW, SGD, Schedule, Augment, Checkpoint,
+        Experiment, Data, Preprocess, Batch, ConvNet, MobileFaceNet, IResNet, InceptionResNetV1, ViT, DlibResNet, Triplet,
+        Contrastive, PairLogistic, AdamW, SGD, Schedule, Augment, Checkpoint,
     )
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from faceembed import checkpoint, config, encoders
-from faceembed.data import sources
-from faceembed.preprocess import Preprocess, Square, crop_square, framed_square, normalize
+from faceembed.data import crops, sources
+from faceembed.encoders import dlib_resnet
+from faceembed.preprocess import PUBLISHED, Preprocess, Square, crop_square, framed_square, normalize
 from faceembed.verification import heads
 
 EmbedFn = Callable[[Any, Any], jax.Array]
@@ -235,49 +236,95 @@ class Embedder:
         """What `layers` can read: "features" and the encoder's modules that stand at its top level."""
         return ("features", *self.variables["params"])
 
-    def read(self, photos: Sequence[str | Path | np.ndarray], framing: str | Square | None = None) -> np.ndarray:
+    def read(
+        self,
+        photos: Sequence[str | Path | np.ndarray],
+        framing: str | Square | None = None,
+        *,
+        face: crops.FaceRule = "largest",
+        missed: Literal["error", "centre"] = "error",
+    ) -> np.ndarray:
         """Cuts crops from photos.
 
         Args:
           photos: paths, or uint8 RGB arrays [h, w, 3].
-          framing: where the face is: a name in `preprocess.FRAMINGS` ("lfw" for deep-funneled LFW, "celeba" for aligned
-            CelebA), a Square, or None for photos that are already cropped tightly (the largest centred square).
+          framing: where the face is: "detect" finds it; a name in `preprocess.FRAMINGS` ("lfw" for deep-funneled LFW,
+            "celeba" for aligned CelebA), or a Square; None for photos that are already cropped tightly (the largest
+            centred square). An encoder of another template than "portrait" takes "detect" when nothing is given, and a
+            Square for photos that are its crops already.
+          face: which face is taken where several are found.
+          missed: what becomes of a photo without a face: an error that names it, or its middle.
 
         Returns:
           uint8 RGB [n, size, size, 3].
 
         Raises:
-          ValueError: a file that is no whole image (its path is named), or an unknown framing.
+          ImportError: faces are to be found and the detector is not installed.
+          ValueError: a file that is no whole image, a photo without a face (named), or a framing that is unknown or is for
+            another template.
         """
-        crops = []
-        for photo in photos:
+        template = self.preprocess.template
+        if framing is None and template != "portrait":
+            framing = "detect"
+        if isinstance(framing, str) and framing != "detect" and template != "portrait":
+            raise ValueError(
+                f"framing {framing!r} is for the template 'portrait', and this encoder takes {template!r}. Leave it out: "
+                "the face is found."
+            )
+        aligner = crops.Aligner(template=template, size=self.size, face=face, missed=missed)
+        cut = []
+        for number, photo in enumerate(photos):
+            name = f"photo {number}" if isinstance(photo, np.ndarray) else str(photo)
             if not isinstance(photo, np.ndarray):
                 try:
                     photo = sources.decode(Path(photo).read_bytes())
                 except ValueError as error:
                     raise ValueError(f"{photo} is no whole image: {error}") from error
-            square = framed_square(framing, photo.shape[1]) if isinstance(framing, str) else framing
-            crops.append(crop_square(photo, square, self.size))
-        return np.stack(crops)
+            if framing == "detect":
+                found = crops.find(photo, aligner)
+                if found.face is None and missed == "error":
+                    raise ValueError(
+                        f"{name}: no face was found. Give a sharper or larger photo, or let its middle be taken: "
+                        "read(…, missed='centre')."
+                    )
+                matrix = (
+                    crops.usual_place(None, photo.shape, aligner)
+                    if found.face is None
+                    else crops.place(found.face, aligner)
+                )
+                cut.append(crops.draw(photo, matrix, self.size))
+            else:
+                square = framed_square(framing, photo.shape[1]) if isinstance(framing, str) else framing
+                cut.append(crop_square(photo, square, self.size))
+        return np.stack(cut)
 
 
 def load(path: str | Path) -> Embedder:
     """Loads a checkpoint for evaluation.
 
     Args:
-      path: a run directory (its best step is taken) or a step directory.
+      path: a run directory (its best step is taken), a step directory, or a name in `PRETRAINED` such as "dlib".
 
     Returns:
       An Embedder.
 
     Raises:
       FileNotFoundError: if there is no complete checkpoint.
+      ImportError: the package that brings a pretrained encoder is not installed.
       ValueError: if its config is of another version, or `policy.json` belongs to other parameters.
     """
+    if str(path) in PRETRAINED and not Path(path).exists():
+        return PRETRAINED[str(path)]()
     step = checkpoint.find_step(Path(path)).resolve()
     experiment, variables, data = checkpoint.read_evaluation(step)
+    return embedder_of(experiment, variables, data, step, step.parents[1] / "policy.json")
+
+
+def embedder_of(
+    experiment: config.Experiment, variables: Any, data: dict[str, Any], path: Path, policy_file: Path
+) -> Embedder:
+    """An Embedder of variables at hand; the policy is taken if it was made for them."""
     policy = None
-    policy_file = step.parents[1] / "policy.json"
     if policy_file.exists():
         policy = json.loads(policy_file.read_text())
         # The policy is of one step, the best; another step of the same run has none.
@@ -291,6 +338,35 @@ def load(path: str | Path) -> Embedder:
         config=experiment,
         data=data,
         policy=policy,
-        path=step,
+        path=path,
         embed=make_embed(build_encoder(experiment), experiment.preprocess),
     )
+
+
+def load_dlib() -> Embedder:
+    """dlib's face recognition network: 128 numbers, not of unit length; one person where ‖a - b‖ < 0.6, says its author.
+
+    Raises:
+      ImportError: the extra `pretrained` is not installed.
+      ValueError: the weights' file is not the known one.
+    """
+    experiment, variables, data = dlib_checkpoint()
+    policy = Path(__file__).parent / "encoders" / "dlib_policy.json"
+    return embedder_of(experiment, variables, data, dlib_resnet.weights_path(), policy)
+
+
+def dlib_checkpoint() -> tuple[config.Experiment, dict[str, Any], dict[str, Any]]:
+    """(experiment, variables, data) of dlib's network, as `checkpoint.read_evaluation` gives them."""
+    variables = dlib_resnet.read_weights(dlib_resnet.weights_path()) | {"batch_stats": {}}
+    experiment = config.Experiment(
+        encoder=config.DlibResNet(unit=False), preprocess=PUBLISHED["dlib"], data=config.Data(source="folder:unknown")
+    )
+    data = {
+        "source": "dlib's weights, trained on some 3 million photos that nobody can name",
+        "fingerprint": dlib_resnet.SHA256, "people": 0, "photos": 0, "people_hashes": [], "step": 0,
+    }  # fmt: skip
+    return experiment, variables, data
+
+
+PRETRAINED: dict[str, Callable[[], Embedder]] = {"dlib": load_dlib}
+"""Names that `load` takes beside paths."""

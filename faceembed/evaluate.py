@@ -13,8 +13,8 @@ import numpy as np
 
 import faceembed
 from faceembed import checkpoint, embed, page, report
+from faceembed.data import crops, pipeline, sources, splits
 from faceembed.data import pairs as pair_lists
-from faceembed.data import pipeline, sources, splits
 from faceembed.verification import EmbeddedPairs, Head, HeadResult, Results, compare, dense
 from faceembed.verification.dense import DenseResults
 from faceembed.verification.heads import layers_of
@@ -70,16 +70,17 @@ def embed_photos(
     Raises:
       ValueError: if a photo does not decode, or the encoder has no such layer.
     """
+    photos = crops.framed_for(photos, embedder.preprocess)
     embeddings, features = [], []
     with sources.progress_bar(None, len(photos), "embedding", shown=progress) as bar:
         for start in range(0, len(photos), CHUNK):
             mask = np.zeros(len(photos), bool)
             mask[start : start + CHUNK] = True
-            crops = pipeline.decode_all(sources.select(photos, mask), embedder.size, progress=False)
-            embeddings.append(embedder(crops, batch))
+            images = pipeline.decode_all(sources.select(photos, mask), embedder.size, progress=False)
+            embeddings.append(embedder(images, batch))
             if layers:
-                features.append(embedder.layers(crops, layers, batch))
-            bar.update(len(crops))
+                features.append(embedder.layers(images, layers, batch))
+            bar.update(len(images))
     return np.concatenate(embeddings), {name: np.concatenate([part[name] for part in features]) for name in layers}
 
 
@@ -279,14 +280,14 @@ def _with_crops(
     used = np.unique(np.concatenate([first, second]))
     mask = np.zeros(len(photos), bool)
     mask[used] = True
-    crops = pipeline.decode_all(sources.select(photos, mask), size, progress=progress)
+    images = pipeline.decode_all(sources.select(photos, mask), size, progress=progress)
     who = photos.people[photos.identity]
     return [
         page.Pair(
             same=bool(who[i] == who[j]),
             accepted=bool(yes),
             score=float(score),
-            crops=(crops[np.searchsorted(used, i)], crops[np.searchsorted(used, j)]),
+            crops=(images[np.searchsorted(used, i)], images[np.searchsorted(used, j)]),
             people=(str(who[i]), str(who[j])),
             photos=(str(photos.keys[i]), str(photos.keys[j])),
         )
@@ -332,10 +333,10 @@ def make_page(
         "How photos are read": {
             "template": pre.template,
             "size": pre.size,
-            "mean, scale": f"{pre.mean:g}, {pre.scale:g}",
+            "mean, scale": f"{pre.mean}, {pre.scale:g}",
             "colour": pre.colour,
             "flip": pre.flip,
-            "detector": "none: photos are taken as they are framed",
+            "detector": str(photos.tally) if photos.tally else "none: photos are taken as they are framed",
         },
         "Versions": {
             # A clone that was never installed has no metadata of its own.

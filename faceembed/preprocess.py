@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+Template = Literal["portrait", "arcface", "facenet", "dlib"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Square:
@@ -28,12 +30,13 @@ class Square:
 class Preprocess:
     """How a photo becomes the encoder's input."""
 
-    template: Literal["portrait"] = "portrait"
-    """Name of the framing: which part of the head fills the square. Sources give their square for a template."""
+    template: Template = "portrait"
+    """Which part of the head fills the square. "portrait" is what aligned CelebA and LFW are cut to by their squares; the
+    others (InsightFace's, FaceNet's, dlib's) need each face found, see `data.align`."""
     size: int = 64
     """Side of the square the encoder sees, in pixels."""
-    mean: float = 127.5
-    """Subtracted from every channel (0-255)."""
+    mean: float | tuple[float, float, float] = 127.5
+    """Subtracted from every channel (0-255); or one number for red, green and blue each."""
     scale: float = 127.5
     """Divides after the subtraction."""
     colour: Literal["rgb", "bgr"] = "rgb"
@@ -46,11 +49,21 @@ class Preprocess:
             raise ValueError(
                 f"preprocess.size is {self.size} px: a face cannot be told from 15 px or fewer. Try --preprocess.size 64."
             )
-        if not math.isfinite(self.mean):
-            raise ValueError(f"preprocess.mean is {self.mean}: give a number of 0-255, such as 127.5.")
+        means = self.mean if isinstance(self.mean, tuple) else (self.mean,)
+        if len(means) not in (1, 3) or not all(math.isfinite(mean) for mean in means):
+            raise ValueError(
+                f"preprocess.mean is {self.mean}: give a number of 0-255, such as 127.5, or one for red, green and blue."
+            )
         if not 0 < self.scale < math.inf:
             raise ValueError(f"preprocess.scale is {self.scale}: it divides, so give a positive number such as 127.5.")
 
+
+PUBLISHED: dict[str, Preprocess] = {
+    "dlib": Preprocess(template="dlib", size=150, mean=(122.782, 117.001, 104.298), scale=256.0, flip="none"),
+    "insightface": Preprocess(template="arcface", size=112, mean=127.5, scale=127.5, flip="sum"),
+    "facenet-pytorch": Preprocess(template="facenet", size=160, mean=127.5, scale=128.0, flip="none"),
+}
+"""How photos are read for networks that others published."""
 
 FRAMINGS: dict[str, tuple[int, Square]] = {
     # Width of the photo the square is given for; both show the same part of a head.
@@ -114,6 +127,6 @@ def crop_square(photo: np.ndarray, square: Square | None, size: int, margin: flo
 
 def normalize(preprocess: Preprocess, images: Any) -> Any:
     """RGB [b, h, w, 3] in 0-255 → the encoder's input, float32 (float64 stays). Works on NumPy and JAX arrays."""
-    if preprocess.colour == "bgr":
-        images = images[..., ::-1]
-    return (images.astype(np.promote_types(images.dtype, np.float32)) - preprocess.mean) / preprocess.scale
+    images = images.astype(np.promote_types(images.dtype, np.float32))
+    images = (images - np.asarray(preprocess.mean, images.dtype)) / preprocess.scale
+    return images[..., ::-1] if preprocess.colour == "bgr" else images

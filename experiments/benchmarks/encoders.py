@@ -27,7 +27,7 @@ from experiments.benchmarks import harness
 from faceembed.encoders import ENCODERS, layers, make_encoder
 
 BATCH = 32
-NATIVE_SIZE = {"convnet": 64, "inception_resnet_v1": 160}
+NATIVE_SIZE = {"convnet": 64, "inception_resnet_v1": 160, "dlib_resnet": 150}
 """Side of the photos in pixels; 112 for the others."""
 WHEN = {
     "convnet": "64 px on a CPU: quickstart, tests, ablations by the dozen",
@@ -38,6 +38,7 @@ WHEN = {
     "iresnet100": "millions of photos and several GPUs; ArcFace's own network",
     "inception_resnet_v1": "to reproduce FaceNet, or to use facenet-pytorch's weights",
     "vit": "millions of photos in bfloat16 on GPUs; small sets overfit",
+    "dlib_resnet": 'with dlib\'s published weights: `fe.load("dlib")`, fine-tuning on few photos',
 }
 
 

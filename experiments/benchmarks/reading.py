@@ -98,7 +98,7 @@ class Faces:
             hole = tensor[:, max(0, top) : top + height, max(0, left) : left + width]
             hole.copy_(255 * torch.rand_like(hole))
         pre = EXPERIMENT.preprocess
-        return (tensor - pre.mean) / pre.scale, int(self.identity[index])
+        return (tensor - torch.tensor(pre.mean).reshape(-1, 1, 1)) / pre.scale, int(self.identity[index])
 
     @staticmethod
     def _warp(draw: list[float], image: Image.Image) -> Image.Image:

@@ -11,14 +11,16 @@ from pathlib import Path
 COMMANDS = {
     "train": "trains an experiment; the same command goes on where it was stopped",
     "verify": "compares verification heads on pairs of photos",
+    "align": "finds the face in each photo of a source and writes crops",
     "embed": "embeddings of a whole source, as .npz",
-    "data": "prepare: builds a set once; info: what is in it; preview: a contact sheet",
+    "import-weights": "somebody else's pretrained weights as a checkpoint",
+    "data": "prepare: builds a set once; info: what is in it; preview: a contact sheet; audit: label errors, duplicates",
     "doctor": "devices, versions, mesh; what is missing and how to get it",
 }
 
 HELP = (
     "usage: python launch.py COMMAND …\n\n"
-    + "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
+    + "\n".join(f"  {name:16}{text}" for name, text in COMMANDS.items())
     + "\n\npython launch.py COMMAND --help documents each.\n"
     "A first run, without any download:  python launch.py train quickstart"
 )
@@ -73,7 +75,7 @@ def main(arguments: list[str]) -> int:
         print(HELP, file=sys.stderr)
         return 2
     try:
-        importlib.import_module(f"faceembed.cli.{name}").run(rest)
+        importlib.import_module(f"faceembed.cli.{name.replace('-', '_')}").run(rest)
     except KeyboardInterrupt:
         again = " The same command goes on from the last checkpoint." if name == "train" else ""
         print(f"\nstopped.{again}", file=sys.stderr)

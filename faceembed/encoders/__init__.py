@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 
 from faceembed.encoders.convnet import ConvNet
+from faceembed.encoders.dlib_resnet import DlibResNet
 from faceembed.encoders.inception_resnet_v1 import InceptionResNetV1
 from faceembed.encoders.iresnet import iresnet18, iresnet34, iresnet50, iresnet100
 from faceembed.encoders.mobilefacenet import MobileFaceNet
@@ -21,6 +22,7 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "iresnet100": iresnet100,
     "inception_resnet_v1": InceptionResNetV1,
     "vit": ViT,
+    "dlib_resnet": DlibResNet,
 }
 
 

