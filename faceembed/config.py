@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from faceembed.preprocess import Preprocess
 
-SOURCES = ("synthetic", "celeba", "lfw")
+SOURCES = ("synthetic", "celeba", "lfw", "celeba_lfw")
 """Sources that go by a name of their own; the others are folder:PATH."""
 
 
@@ -22,7 +22,8 @@ class Data:
     """Where the photos come from."""
 
     source: str = "synthetic"
-    """synthetic | celeba | lfw | folder:PATH (one folder a person)."""
+    """synthetic | celeba | lfw | celeba_lfw (CelebA and the people of LFW's peopleDevTrain) | folder:PATH (one folder a
+    person)."""
     data_dir: str | None = None
     """Where prepared sets are kept; $FACEEMBED_DATA or ~/.cache/faceembed/data when not given."""
     people: int = 400

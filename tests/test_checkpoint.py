@@ -242,7 +242,8 @@ def changed(name, value):
     choices = {
         "precision": "float64", "data.source": "lfw", "data.data_dir": "/elsewhere", "preprocess.colour": "bgr",
         "preprocess.flip": "none", "encoder.widths": (4, 9), "encoder.blocks": (1, 2), "augment.flip": False,
-        "loss.miner": "all", "loss.last_miner": "hardest",
+        "loss.miner": "all", "loss.last_miner": "hardest", "init": "dlib", "freeze": ("stem*",),
+        "layer_rates": ("stem*=0.1",), "preprocess.template": "dlib",
     }  # fmt: skip
     if name in choices:
         return choices[name]

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from faceembed.data import pairs, sources, splits
+from faceembed.preprocess import Preprocess
 from tests.test_pairs import made_up
 
 COUNTS = [3, 1, 2, 5, 2, 1, 4, 2]
@@ -199,6 +200,7 @@ def verify(monkeypatch, tmp_path):
         path, size = Path("runs/fake/checkpoints/000001"), 8
         data: typing.ClassVar = {"source": "elsewhere", "people_hashes": []}
         config: typing.Any = None
+        preprocess = Preprocess(size=16)
 
         def __call__(self, images, batch=256):
             x = images.reshape(len(images), -1) - np.float32(127.5)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from faceembed.data import pairs, sources, splits
+from faceembed.preprocess import Preprocess
 
 VIEW2 = """2\t2
 Ann_Lee\t1\t12
@@ -280,6 +281,7 @@ def verify(monkeypatch, tmp_path):
         path, size = Path("runs/fake/checkpoints/000001"), 16
         data: typing.ClassVar = {"source": "synthetic", "people_hashes": [person_hash("Anna")]}
         config: typing.Any = None
+        preprocess = Preprocess(size=16)
 
         def __call__(self, images, batch=256):
             vectors = images.reshape(len(images), -1) - np.float32(127.5)

@@ -159,6 +159,7 @@ class FakeEmbedder:
     path = Path("runs/fake/checkpoints/000001")
     size = 32
     data: typing.ClassVar = {}
+    preprocess = config.Preprocess(size=32)
     config = config.Experiment(seed=7, data=config.Data(source="synthetic", people=5, photos=3))
 
     def __call__(self, images, batch=256):
@@ -327,7 +328,7 @@ def test_synthetic_is_rendered_once_when_first_read(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "options", "error", "message"),
     [
-        ("celba", {}, ValueError, "is not one of celeba, lfw, synthetic, folder:PATH"),
+        ("celba", {}, ValueError, "is not one of celeba, lfw, celeba_lfw, synthetic, folder:PATH"),
         ("folder", {}, ValueError, "is not one of"),
         ("folder:", {}, ValueError, "is not one of"),
         ("celeba:x", {}, ValueError, "is not one of"),

@@ -103,7 +103,7 @@ def run(arguments: list[str]) -> None:
 
     started = time.perf_counter()
     embedder = embedder or load(options.checkpoint)
-    if options.pairs == "lfw:view2" and embedder.data.get("source") == "lfw":
+    if options.pairs == "lfw:view2" and _saw_lfw(embedder.data):
         raise ValueError(
             f"{embedder.path} was trained on LFW images, and View 2's people are LFW's: its figure would not be one of "
             "strangers. Use a checkpoint trained on other photos, such as python launch.py train celeba."
@@ -161,6 +161,12 @@ def _listed(spec: str, split: str, options: Options, embedder: "Embedder | None"
     if options.framing and photos.source.startswith(sources.UNFRAMED):
         photos = sources.framed(photos, options.framing)
     return _Listed(photos, pairs)
+
+
+def _saw_lfw(data: dict[str, Any]) -> bool:
+    """Whether a checkpoint, or the one that it started from, was trained on LFW's photos."""
+    sources = (data.get("source"), (data.get("init") or {}).get("source"))
+    return any(source in ("lfw", "celeba_lfw") for source in sources)
 
 
 def _framed(part: _Listed, embedder: "Embedder") -> _Listed:

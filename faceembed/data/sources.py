@@ -284,6 +284,65 @@ class _Records:
         return self._source[record]["image"]
 
 
+def _celeba_lfw(source: str, data_dir: Path) -> Photos:
+    """CelebA and the people of LFW View 1's training half."""
+    from faceembed.data import pairs  # which opens sources itself
+
+    celeba = open_source("celeba", data_dir=data_dir)
+    lfw = pairs.load_people("all:lfw:dev_train", data_dir=data_dir, split="train", allow_missing=False)
+    return joined(source, [celeba, lfw])
+
+
+def joined(source: str, parts: Sequence[Photos]) -> Photos:
+    """The photos of several sources as one. People of equal names are taken for one person.
+
+    Args:
+      source: what the whole is called.
+      parts: each with photos of one size, another one than the others', and a square.
+
+    Raises:
+      ValueError: two parts have photos of one width, which decides about the square, or share a key.
+    """
+    squares: dict[int, Square] = {}
+    for part in parts:
+        width = part.read(0).shape[1]
+        square = part.square(width) if callable(part.square) else part.square
+        if square is None or width in squares:
+            raise ValueError(
+                f"{part.source}: photos {width} px wide need a square of their own to be joined with others."
+            )
+        squares[width] = square
+    keys = np.concatenate([part.keys for part in parts])
+    if len(np.unique(keys)) < len(keys):
+        raise ValueError(f"{source}: two of its parts have photos of one key.")
+    owners = np.concatenate([part.people[part.identity] for part in parts])
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    order, sorted_keys, identity, people = arrange(keys.tolist(), owners.tolist())
+
+    def read(index: int) -> np.ndarray:
+        place = order[index]
+        part = int(np.searchsorted(starts, place, side="right")) - 1
+        return parts[part].read(int(place - starts[part]))
+
+    def square_of(width: int) -> Square:
+        if width not in squares:
+            raise ValueError(
+                f"{source} has a photo {width} px wide, and only {', '.join(map(str, squares))} are known."
+            )
+        return squares[width]
+
+    return Photos(
+        source=source,
+        keys=sorted_keys,
+        identity=identity,
+        people=people,
+        read=read,
+        square=square_of,
+        problems=tuple(problem for part in parts for problem in part.problems),
+        fingerprint=fingerprint_of(sorted_keys, people, " ".join(part.fingerprint for part in parts)),
+    )
+
+
 # ---- a folder a person -----------------------------------------------------------------------------------------------
 
 
@@ -472,6 +531,7 @@ def _synthetic(
 SOURCES: dict[str, Callable[..., Photos]] = {
     "celeba": _prepared,
     "lfw": _prepared,
+    "celeba_lfw": _celeba_lfw,
     "synthetic": _synthetic,
     "folder:PATH": _folder,
 }

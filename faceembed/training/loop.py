@@ -90,13 +90,14 @@ def train(
             learn.identity, people=batch.people, photos=batch.photos, seed=experiment.seed, singletons=batch.singletons
         )
         select = _Select.read(people_of["select"], pre, progress)
-        about = {
+        hashes = [evaluate.person_hash(person) for person in learn.people]
+        about: dict[str, Any] = {
             "source": photos.source,
             "fingerprint": photos.fingerprint,
             "photos": len(learn),
             "people": len(learn.people),
             "problems": len(photos.problems),
-            "people_hashes": [evaluate.person_hash(person) for person in learn.people],
+            "people_hashes": hashes,
         }
 
         # ---- encoder, loss, optimizer, state -----------------------------------------------------------------------
@@ -138,8 +139,9 @@ def train(
                     state, origin = start_from(experiment, state)
                     state = jax.device_put(state, shardings)
                     print("\n  afresh: ".join([f"starts from {experiment.init}", *origin["afresh"]]))
+                about["init"] = origin
                 # Whom the first network saw was seen by this one, too.
-                about |= {"init": origin, "people_hashes": sorted({*about["people_hashes"], *origin["people_hashes"]})}
+                about["people_hashes"] = sorted({*hashes, *origin["people_hashes"]})
             if first:
                 checkpoints.check_data(about, run)
                 state = checkpoints.restore(state)
