@@ -182,7 +182,7 @@ def check_same(run: Path, experiment: configs.Experiment) -> None:
       ValueError: naming every field that differs.
     """
     path = run / "config.json"
-    if not path.exists() or not _complete_steps(run):
+    if not path.exists() or not started(run):
         return
     stored = configs.from_json(path.read_text())
 
@@ -230,6 +230,11 @@ def locked(run: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def started(run: Path) -> bool:
+    """Whether a run directory holds a complete checkpoint to go on from."""
+    return bool(_complete_steps(run))
 
 
 def _complete_steps(run: Path) -> list[Path]:

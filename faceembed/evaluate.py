@@ -168,9 +168,22 @@ def compare_pairs(
     return dataclasses.replace(results, warnings=(*results.warnings, *warning))
 
 
+def lineage(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a checkpoint was trained on, then what the one that it started from was, and so on to the first."""
+    found = [data]
+    while before := found[-1].get("init"):
+        found.append(before)
+    return found
+
+
+def saw_lfw(data: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint, or one before it, was trained on LFW's photos."""
+    return any(part.get("source") in ("lfw", "celeba_lfw") for part in lineage(data))
+
+
 def trained_on(embedder: embed.Embedder, people: np.ndarray) -> tuple[str, ...]:
-    """A warning if some of these people are among the checkpoint's training people."""
-    if embedder.data.get("people") == 0:
+    """A warning if some of these people are among those that the checkpoint, or one before it, was trained on."""
+    if any(part.get("people") == 0 for part in lineage(embedder.data)):
         return (f"{embedder.path} does not say whom it was trained on: tested people may be among them.",)
     shared = training_people(embedder, people)
     if not shared:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from faceembed import config, embed
 from faceembed.data import align, crops, sources
 from faceembed.preprocess import PUBLISHED, Preprocess, Square, crop_square
 
@@ -157,6 +158,47 @@ def test_photos_are_aligned_as_they_are_read_and_counted(folder, tmp_path, detec
     assert crops.framed_for(photos, Preprocess()) is photos
 
 
+def test_what_is_not_seen_in_224_px_is_looked_for_in_640(monkeypatch):
+    asked = []
+
+    def detect(photo, *, long_side=224):
+        asked.append(long_side)
+        return [face_at([[100, 100], [160, 100], [130, 130], [105, 160], [155, 160]])] if long_side == 640 else []
+
+    monkeypatch.setattr(align, "detect", detect)
+    aligner = crops.Aligner(template="arcface", size=112)
+    found = crops.find(np.zeros((300, 260, 3), np.uint8), aligner)
+    assert (asked, found.faces, found.face.box[0]) == ([224, 640], 1, 80)
+    asked.clear()
+    # A photo that 224 px show whole is not enlarged.
+    assert crops.find(np.zeros((224, 200, 3), np.uint8), aligner).face is None
+    assert asked == [224]
+
+
+@pytest.mark.parametrize("seen_again", [True, False])
+def test_a_small_face_is_looked_at_again_and_its_landmarks_come_from_there(monkeypatch, seen_again):
+    """A face of 40 px in 1,000: what the detector saw of it is 9 px high."""
+    coarse = np.array([[600, 700], [630, 700], [615, 712], [604, 730], [626, 730]], np.float64)
+    fine = coarse + np.array([1.5, -0.5])
+    looked_at = []
+
+    def detect(photo, *, long_side=224):
+        if photo.shape == (1000, 1000, 3):
+            return [align.Face(box=np.array([590.0, 690, 640, 740]), landmarks=coarse, score=0.8)]
+        looked_at.append(photo.shape)
+        # In that part, coordinates begin at its corner: 2.5 sides around the middle (615, 715).
+        corner = np.floor([615 - 62.5, 715 - 62.5])
+        box = np.array([591.0, 691, 639, 739]) - np.tile(corner, 2)
+        return [align.Face(box=box, landmarks=fine - corner, score=0.9)] if seen_again else []
+
+    monkeypatch.setattr(align, "detect", detect)
+    found = crops.find(np.zeros((1000, 1000, 3), np.uint8), crops.Aligner(template="arcface", size=112))
+    assert looked_at == [(126, 126, 3)]
+    np.testing.assert_allclose(found.face.landmarks, fine if seen_again else coarse)
+    np.testing.assert_allclose(found.face.box, [591, 691, 639, 739] if seen_again else [590, 690, 640, 740])
+    assert found.faces == 1
+
+
 @pytest.mark.parametrize("missed", ["skip", "centre"])
 def test_a_folder_of_crops_and_its_card(folder, tmp_path, detector, missed):
     photos = opened(folder, tmp_path)
@@ -258,6 +300,34 @@ def test_what_cannot_be_meant():
         crops.Aligner(template="arcface", size=112, detector="mtcnn")
     with pytest.raises(ValueError, match="size is 8 px"):
         crops.Aligner(template="arcface", size=8)
+
+
+def test_an_embedder_reads_crops_out_of_photos_and_names_one_without_a_face(folder, detector):
+    embedder = embed.Embedder(
+        variables={}, preprocess=Preprocess(template="arcface", size=40), config=config.Experiment(), data={}, policy=None,
+        path=Path("runs/none"), embed=lambda variables, images: images,
+    )  # fmt: skip
+    aligner = crops.Aligner(template="arcface", size=40, face="largest")
+    files = sorted(folder.rglob("*.png"))
+    photos = {file: sources.decode(file.read_bytes()) for file in files}
+    some = [file for file in files if detector(photos[file])]
+    none = next(file for file in files if not detector(photos[file]))
+    expected = []
+    for file in some:
+        face = align.choose(detector(photos[file]), photos[file].shape, "largest")
+        expected.append(crops.draw(photos[file], crops.place(face, aligner), 40))
+    np.testing.assert_array_equal(embedder.read(some), expected)
+    np.testing.assert_array_equal(embedder.read([photos[file] for file in some]), expected)
+    with pytest.raises(ValueError, match=rf"{none.name}: no face was found.*missed='centre'"):
+        embedder.read([*some, none])
+    with pytest.raises(ValueError, match="photo 0: no face was found"):
+        embedder.read([photos[none]])
+    middle = crops.usual_place(None, photos[none].shape, aligner)
+    np.testing.assert_array_equal(embedder.read([none], missed="centre")[0], crops.draw(photos[none], middle, 40))
+    with pytest.raises(
+        ValueError, match="framing 'lfw' is for the template 'portrait', and this encoder takes 'arcface'"
+    ):
+        embedder.read(some, framing="lfw")
 
 
 # ---- with the detectors themselves -----------------------------------------------------------------------------------

@@ -48,8 +48,6 @@ def test_embeddings_are_dlibs_own(weights, chips):
 
 def test_other_sizes_are_padded_as_dlib_pads_them(weights):
     """At 170 px both a map and its skip are the larger one somewhere, in height and width."""
-    dlib = pytest.importorskip("dlib", reason="dlib is not installed: pip install dlib-bin==20.0.1.post1")
-    del dlib  # it takes 150 px alone: the oracle is NumPy
     x = np.random.default_rng(1).normal(size=(1, 170, 163, 3)).astype(np.float32)
     found = dlib_resnet.DlibResNet(unit=False).apply(weights, x)
     np.testing.assert_allclose(found[0], by_loops(weights["params"], x[0]), atol=2e-4)

@@ -288,7 +288,8 @@ def verify(monkeypatch, tmp_path):
             return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     Embedder.config = config.Experiment(seed=7, data=config.Data(source="synthetic", people=150, photos=3))
-    monkeypatch.setattr(verify, "load", lambda checkpoint: Embedder())
+    embedder = Embedder()
+    monkeypatch.setattr(verify, "load", lambda checkpoint: embedder)
 
     def run(*arguments):
         verify.run(
@@ -297,6 +298,7 @@ def verify(monkeypatch, tmp_path):
         )  # fmt: skip
         return json.loads((tmp_path / "results.json").read_text())
 
+    run.embedder = embedder
     return run
 
 
@@ -348,6 +350,30 @@ def test_verify_frames_each_photo_by_its_width(named_list, verify, opened):
     assert [opened[0].square(width).side for width in (89, 178)] == [64, 128]
     with pytest.raises(ValueError, match="synthetic brings its own square"):
         verify("--pairs", "heldout:synthetic", "--framing", "celeba")
+
+
+def test_verify_counts_faces_of_tested_photos_and_of_those_heads_are_fitted_on_each_by_itself(
+    named_list, verify, monkeypatch, capsys
+):
+    from faceembed.data import align, crops
+
+    def detect(photo, **_):
+        landmarks = crops.LANDMARKS["centerface"]["dlib"] * 60 + [8, 12]
+        return [align.Face(box=np.array([5.0, 5, 70, 80]), landmarks=landmarks, score=0.9)] * (photo.shape[1] == 89)
+
+    monkeypatch.setattr(align, "detect", detect)
+    monkeypatch.setitem(crops.DETECTORS, "centerface", detect)
+    monkeypatch.setattr(verify.embedder, "preprocess", Preprocess(template="dlib", size=16))
+    header, *lines = (named_list / "named.csv").read_text().splitlines()
+    (named_list / "test.csv").write_text(
+        "\n".join([header, *(line for line in lines if ",0,A" in line or ",0,B" in line)])
+    )
+    found = verify("--pairs", f"csv:{named_list / 'test.csv'}", "--fit", f"csv:{named_list / 'named.csv'}",
+                   "--allow-shared")["alignment"]  # fmt: skip
+    assert {name: (tally["photos"], tally["missed"]) for name, tally in found.items()} == {
+        "tested": (4, 2), "fitted on": (8, 4)
+    }  # fmt: skip
+    assert "tested: a face was looked for in 4 photos; none in 2 (first " in capsys.readouterr().out
 
 
 def test_verify_draws_the_checkpoints_own_synthetic_people(verify, opened):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,29 @@ def test_eight_devices_save_and_one_goes_on(whole, tmp_path):
             for arrays in (got, expected)
         )
         assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 1e-3
+
+
+def test_a_run_that_started_from_another_goes_on_after_that_one_is_gone(whole, tmp_path):
+    """The first network's people and facts are in the checkpoint: nothing is asked of the first network again."""
+    origin, run = tmp_path / "origin", tmp_path / "run"
+    shutil.copytree(whole[0], origin)
+    change = ("--init", str(origin), "--encoder.dim", "12", "--freeze", "stem*", "--steps", "8",
+              "--checkpoint.keep-best", "2")  # fmt: skip
+    output = finish(start(run, *change))
+    assert f"starts from {origin}" in output
+    assert re.search(r"afresh: embedding/kernel \[\d+, 12\], there \[\d+, 16\]", output)
+    first, started = (state_of(part, step) for part, step in ((origin, STEPS), (run, 8)))
+    kept = [name for name in first if name.startswith("params['ema']['params']['stem")]
+    assert len(kept) > 2
+    for name in kept:
+        np.testing.assert_allclose(first[name], started[name], rtol=1e-5)
+    expected = json.loads((run / "results.json").read_text())["results"]
+    shutil.rmtree(run / "checkpoints" / "8")
+    for gone in ("results.json", "report.html", "policy.json"):
+        (run / gone).unlink()
+    shutil.rmtree(origin)
+    assert "going on from step 4 of 8" in finish(start(run, *change))
+    assert json.loads((run / "results.json").read_text())["results"] == expected
 
 
 def test_a_folder_of_photos_is_trained_on_whatever_lies_in_it(tmp_path):

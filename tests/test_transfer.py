@@ -8,7 +8,7 @@ import optax
 import pytest
 from test_step import SIZE, TINY, batches
 
-from faceembed import checkpoint, config, embed
+from faceembed import checkpoint, config, embed, evaluate
 from faceembed import mesh as meshes
 from faceembed.training import loop, transfer
 from faceembed.training import step as steps
@@ -93,12 +93,15 @@ def trained(experiment, count=6):
     for batch in meshes.to_devices(batches(count), mesh):
         state, measured = update(state, batch)
     assert int(measured["skipped"]) == 0
-    return before, jax.device_get((state.params["encoder"], state.batch_stats)), jax.device_get(state.ema)
+    after = jax.device_get((state.params["encoder"], state.batch_stats))
+    return before, after, jax.device_get(state.ema), jax.device_get(measured)
 
 
 def test_frozen_layers_keep_every_bit_statistics_and_averages_too_and_others_learn():
     frozen = ("stem*", "stage1_block1")
-    before, after, ema = trained(dataclasses.replace(TINY, freeze=frozen))
+    before, after, ema, measured = trained(dataclasses.replace(TINY, freeze=frozen))
+    # Not only is it not applied: the gradient of frozen layers is not part of the norm that clips the others'.
+    assert measured["grad_norm/stem"] == 0 < measured["grad_norm/stage2"]
     for part, averaged in zip(range(2), ("params", "batch_stats"), strict=True):
         for name in before[part]:
             same = jax.tree.map(np.array_equal, before[part][name], after[part][name])
@@ -128,31 +131,37 @@ def test_frozen_norms_read_their_running_statistics_in_training_too():
 
 def test_a_layers_rate_multiplies_its_first_step():
     """Adam's first steps do not depend on the gradient's size: the changes show the rates alone."""
-    before, plain, _ = trained(TINY, count=1)
-    same, slowed, _ = trained(dataclasses.replace(TINY, layer_rates=("stage*=0.25",)), count=1)
+    before, plain, *_ = trained(TINY, count=1)
+    same, slowed, *_ = trained(dataclasses.replace(TINY, layer_rates=("stage*=0.25",)), count=1)
     jax.tree.map(np.testing.assert_array_equal, before, same)
     for name in before[0]:
         factor = 0.25 if name.startswith("stage") else 1.0
-        leaves = lambda tree: jax.tree.leaves(tree[0][name])  # noqa: B023, E731
         change, slow = (
-            np.concatenate([(new - old).ravel() for old, new in zip(leaves(before), leaves(after), strict=True)])
+            np.concatenate(
+                [leaf.ravel() for leaf in jax.tree.leaves(jax.tree.map(np.subtract, after[0][name], before[0][name]))]
+            )
             for after in (plain, slowed)
         )
         np.testing.assert_allclose(slow, factor * change, rtol=2e-3, atol=1e-7)
 
 
+def drawn(*, dim, seed):
+    """Variables of the tiny encoder, every one random, running statistics too."""
+    encoder = embed.build_encoder(dataclasses.replace(TINY, encoder=dataclasses.replace(TINY.encoder, dim=dim)))
+    variables = encoder.init(jax.random.key(seed), np.zeros((1, SIZE, SIZE, 3), np.float32))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), jax.device_get(variables))
+
+
 def test_what_has_another_shape_starts_afresh_and_is_told():
-    draw = lambda dim, seed: jax.device_get(  # noqa: E731
-        embed.build_encoder(dataclasses.replace(TINY, encoder=dataclasses.replace(TINY.encoder, dim=dim))).init(
-            jax.random.key(seed), np.zeros((1, SIZE, SIZE, 3), np.float32)
-        )
-    )
-    fresh, found = draw(5, 0), draw(8, 1)
+    fresh, found = drawn(dim=5, seed=0), drawn(dim=8, seed=1)
     variables, stayed = transfer.taken_over(fresh, found)
     assert {line.split("/")[0] for line in stayed} == {"embedding", "embedding_bn"}
     assert any(line.startswith("embedding/kernel [") and "there [" in line for line in stayed)
     jax.tree.map(np.testing.assert_array_equal, variables["params"]["stem_conv"], found["params"]["stem_conv"])
     jax.tree.map(np.testing.assert_array_equal, variables["params"]["embedding"], fresh["params"]["embedding"])
+    for name, origin in (("stem_bn", found), ("embedding_bn", fresh)):
+        jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"][name], origin["batch_stats"][name])
     del found["params"]["stem_conv"]
     with pytest.raises(ValueError, match=r"another kind of encoder: 1 parameters .* stem_conv/kernel"):
         transfer.taken_over(fresh, found)
@@ -162,9 +171,10 @@ def test_what_has_another_shape_starts_afresh_and_is_told():
 def origin(tmp_path_factory):
     """A checkpoint written from variables at hand."""
     run = tmp_path_factory.mktemp("origin") / "run"
-    encoder = embed.build_encoder(TINY)
-    variables = jax.device_get(encoder.init(jax.random.key(5), np.zeros((1, SIZE, SIZE, 3), np.float32)))
-    data = {"source": "elsewhere", "people": 1, "photos": 2, "people_hashes": ["abc"], "fingerprint": "f"}
+    variables = drawn(dim=TINY.encoder.dim, seed=5)
+    before = {"source": "lfw", "people": 0, "people_hashes": []}
+    data = {"source": "elsewhere", "people": 1, "photos": 2, "people_hashes": ["abc"], "fingerprint": "f",
+            "notes": ["from far away"], "init": before}  # fmt: skip
     checkpoint.write(run, TINY, variables, data)
     return run, variables
 
@@ -183,6 +193,36 @@ def test_written_variables_are_a_checkpoint_like_any_other(origin):
         checkpoint.write(run, TINY, variables, {})
 
 
+def test_a_start_takes_every_array_over_averages_too_and_tells_where_it_came_from(origin):
+    run, variables = origin
+    mesh_free = steps.init_state(
+        embed.build_encoder(TINY), optax.identity(), seed=1, size=SIZE, loss_params={"w": np.ones(2)}, dtype=np.float32
+    )
+    opened = loop.open_origin(dataclasses.replace(TINY, init=str(run)))
+    state, about = loop.start_from(opened, str(run), mesh_free)
+    started = {"params": state.params["encoder"], "batch_stats": state.batch_stats}
+    for tree in (started, state.ema):
+        jax.tree.map(np.testing.assert_array_equal, tree, variables)
+    np.testing.assert_array_equal(state.params["loss"]["w"], np.ones(2))
+    assert about == {
+        "checkpoint": str(run), "fingerprint": checkpoint.fingerprint(variables), "source": "elsewhere", "people": 1,
+        "people_hashes": ["abc"], "notes": ["from far away"], "afresh": [],
+        "init": {"source": "lfw", "people": 0, "people_hashes": []},
+    }  # fmt: skip
+
+
+def test_the_first_network_of_a_line_counts(origin):
+    """Somebody who saw LFW, then trained elsewhere, then again: its embeddings have still seen LFW."""
+    third = {"source": "celeba", "people": 5, "init": {"source": "celeba", "people": 3, "init": {"source": "lfw"}}}
+    assert [part["source"] for part in evaluate.lineage(third)] == ["celeba", "celeba", "lfw"]
+    assert evaluate.saw_lfw(third)
+    assert evaluate.saw_lfw({"source": "celeba_lfw"})
+    assert not evaluate.saw_lfw(third["init"] | {"init": None})
+    # Its own training people are known, those of the network before the last are not.
+    (warning,) = evaluate.trained_on(embed.load(origin[0]), np.array(["Nobody"]))
+    assert "does not say whom it was trained on" in warning
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -196,4 +236,4 @@ def test_written_variables_are_a_checkpoint_like_any_other(origin):
 def test_a_start_that_does_not_fit_says_what_to_type(origin, change, message):
     experiment = dataclasses.replace(TINY, init=str(origin[0]), **change)
     with pytest.raises(ValueError, match=message):
-        loop.start_from(experiment, None)
+        loop.open_origin(experiment)

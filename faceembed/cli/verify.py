@@ -103,16 +103,15 @@ def run(arguments: list[str]) -> None:
 
     started = time.perf_counter()
     embedder = embedder or load(options.checkpoint)
-    if options.pairs == "lfw:view2" and _saw_lfw(embedder.data):
-        raise ValueError(
-            f"{embedder.path} was trained on LFW images, and View 2's people are LFW's: its figure would not be one of "
-            "strangers. Use a checkpoint trained on other photos, such as python launch.py train celeba."
-        )
+    if options.pairs == "lfw:view2":
+        _refuse_lfw(embedder)
     test, fit = _framed(test, embedder), fit and _framed(fit, embedder)
     do = _everyone if everyone else _pairs
     content, page_of = do(embedder, test, fit, heads, fit_spec, options)
     print(f"\n{time.perf_counter() - started:.1f} s")
-    found = {part.photos.source: part.photos.tally for part in (test, fit) if part and part.photos.tally}
+    # By what they are for: the tested photos and those that heads are fitted on are often of one source.
+    parts = {"tested": test, "fitted on": fit}
+    found = {name: part.photos.tally for name, part in parts.items() if part and part.photos.tally}
     for line in (f"{name}: {tally}" for name, tally in found.items()):
         print(line)
     content = {
@@ -163,10 +162,14 @@ def _listed(spec: str, split: str, options: Options, embedder: "Embedder | None"
     return _Listed(photos, pairs)
 
 
-def _saw_lfw(data: dict[str, Any]) -> bool:
-    """Whether a checkpoint, or the one that it started from, was trained on LFW's photos."""
-    sources = (data.get("source"), (data.get("init") or {}).get("source"))
-    return any(source in ("lfw", "celeba_lfw") for source in sources)
+def _refuse_lfw(embedder: "Embedder") -> None:
+    from faceembed import evaluate
+
+    if evaluate.saw_lfw(embedder.data):
+        raise ValueError(
+            f"{embedder.path} was trained on LFW images, and View 2's people are LFW's: its figure would not be one of "
+            "strangers. Use a checkpoint trained on other photos, such as python launch.py train celeba."
+        )
 
 
 def _framed(part: _Listed, embedder: "Embedder") -> _Listed:

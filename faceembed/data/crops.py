@@ -223,11 +223,11 @@ def aligned(photos: sources.Photos, aligner: Aligner) -> sources.Photos:
     if aligner.missed == "skip":
         raise ValueError("a source's photos cannot be skipped while they are read: use 'centre' or 'error'.")
     require(aligner.detector)
-    tally, read, square = Tally(), photos.read, photos.square
+    tally = Tally()
     side = crop_side(aligner.size, CANVAS)
 
     def read_aligned(index: int) -> np.ndarray:
-        photo = read(index)
+        photo = photos.read(index)
         found = find(photo, aligner)
         tally.add(str(photos.keys[index]), found.faces)
         if found.face is None and aligner.missed == "error":
@@ -235,8 +235,7 @@ def aligned(photos: sources.Photos, aligner: Aligner) -> sources.Photos:
                 "no face was found. Leave the photo out, or let the middle of it be taken: --missed centre."
             )
         if found.face is None:
-            here = square(photo.shape[1]) if callable(square) else square
-            matrix = usual_place(here, photo.shape, aligner)
+            matrix = usual_place(photos.square_in(photo.shape[1]), photo.shape, aligner)
         else:
             matrix = place(found.face, aligner)
         return draw(photo, matrix, aligner.size, CANVAS)
@@ -342,9 +341,8 @@ def align_folder(
             try:
                 for _ in sources.progress_bar(pool.map(one, waiting), len(waiting), "aligning", shown=progress):
                     pass
-            except BaseException:
+            finally:
                 pool.shutdown(cancel_futures=True)  # or Ctrl-C would wait for every photo of the folder
-                raise
     entries = list(done.values())
     card |= {
         "photos": len(entries),
@@ -378,8 +376,7 @@ def _align_one(photos: sources.Photos, index: int, out: Path, aligner: Aligner, 
             "landmarks": np.round(found.face.landmarks, 2).tolist(),
         }  # fmt: skip
     elif aligner.missed == "centre":
-        square = photos.square(photo.shape[1]) if callable(photos.square) else photos.square
-        matrix = usual_place(square, photo.shape, aligner)
+        matrix = usual_place(photos.square_in(photo.shape[1]), photo.shape, aligner)
         entry["outcome"] = "centre"
     elif aligner.missed == "skip":
         return entry | {"outcome": "skipped"}

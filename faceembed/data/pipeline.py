@@ -120,7 +120,7 @@ def _crop(photos: sources.Photos, index: int, size: int, margin: float) -> np.nd
     """One photo's crop; a ValueError names the photo."""
     try:
         photo = photos.read(index)
-        square = photos.square(photo.shape[1]) if callable(photos.square) else photos.square
+        square = photos.square_in(photo.shape[1])
         return crop_square(photo, square, size, margin)
     except (OSError, ValueError) as error:
         raise ValueError(f"{photos.keys[index]}: {error}") from error

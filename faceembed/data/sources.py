@@ -78,6 +78,10 @@ class Photos:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def square_in(self, width: int) -> Square | None:
+        """`square` of a photo of this width."""
+        return self.square(width) if callable(self.square) else self.square
+
 
 def open_source(source: str, *, data_dir: Path | str | None = None, progress: bool = True, **options: Any) -> Photos:
     """Opens a source of photos.
@@ -306,7 +310,7 @@ def joined(source: str, parts: Sequence[Photos]) -> Photos:
     squares: dict[int, Square] = {}
     for part in parts:
         width = part.read(0).shape[1]
-        square = part.square(width) if callable(part.square) else part.square
+        square = part.square_in(width)
         if square is None or width in squares:
             raise ValueError(
                 f"{part.source}: photos {width} px wide need a square of their own to be joined with others."

@@ -78,6 +78,8 @@ def train(
     jax.eval_shape(lambda key: encoder.init(key, images, train=False), jax.random.key(0))
     with checkpoint.locked(run):
         checkpoint.check_same(run, experiment)
+        # A start that does not fit is told before photos are read; a run that goes on asks nothing of it any more.
+        origin = open_origin(experiment) if experiment.init and not checkpoint.started(run) else None
 
         # ---- data: photos, people split once, the P×K plan ---------------------------------------------------------
         photos = open_data(experiment.data, size=pre.size, seed=experiment.seed, progress=progress)
@@ -132,16 +134,16 @@ def train(
             # ---- where an earlier command stopped ------------------------------------------------------------------
             first = checkpoints.latest or 0
             if experiment.init:
-                origin: dict[str, Any]
-                if first:
-                    origin = checkpoints.data["init"]
+                if origin is None:
+                    about["init"] = checkpoints.data["init"]
                 else:
-                    state, origin = start_from(experiment, state)
+                    state, about["init"] = start_from(origin, experiment.init, state)
                     state = jax.device_put(state, shardings)
-                    print("\n  afresh: ".join([f"starts from {experiment.init}", *origin["afresh"]]))
-                about["init"] = origin
+                    print("\n  afresh: ".join([f"starts from {experiment.init}", *about["init"]["afresh"]]))
+                    for note in about["init"]["notes"]:
+                        print(f"note: {note}")
                 # Whom the first network saw was seen by this one, too.
-                about["people_hashes"] = sorted({*hashes, *origin["people_hashes"]})
+                about["people_hashes"] = sorted({*hashes, *about["init"]["people_hashes"]})
             if first:
                 checkpoints.check_data(about, run)
                 state = checkpoints.restore(state)
@@ -210,11 +212,8 @@ def train(
         return evaluate.final_report(run, people_of, progress=progress, command=command)
 
 
-def start_from(experiment: config.Experiment, state: steps.TrainState) -> tuple[steps.TrainState, dict[str, Any]]:
-    """A fresh state whose encoder starts from the checkpoint that `experiment.init` names.
-
-    Returns:
-      (state, JSON-able facts: checkpoint, its fingerprint, source and hashes of its people, layers that start afresh).
+def open_origin(experiment: config.Experiment) -> embed.Embedder:
+    """The checkpoint that `experiment.init` names.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
@@ -235,6 +234,24 @@ def start_from(experiment: config.Experiment, state: steps.TrainState) -> tuple[
             f"--init {experiment.init} holds a {config.encoder_name(origin.config.encoder)}, and this experiment trains a "
             f"{config.encoder_name(experiment.encoder)}. Try --encoder {config.encoder_name(origin.config.encoder)}."
         )
+    return origin
+
+
+def start_from(origin: embed.Embedder, name: str, state: steps.TrainState) -> tuple[steps.TrainState, dict[str, Any]]:
+    """A fresh state whose encoder starts from another's layers.
+
+    Args:
+      origin: as `open_origin` gives it.
+      name: what it was called by.
+      state: fresh.
+
+    Returns:
+      (state, JSON-able facts: checkpoint, its fingerprint, what it was trained on and started from itself, its notes,
+      layers that start afresh).
+
+    Raises:
+      ValueError: it has other layers.
+    """
     fresh = {"params": state.params["encoder"], "batch_stats": state.batch_stats}
     variables, afresh = transfer.taken_over(fresh, origin.variables)
     state = dataclasses.replace(
@@ -244,11 +261,14 @@ def start_from(experiment: config.Experiment, state: steps.TrainState) -> tuple[
         ema=jax.tree.map(jnp.array, variables),  # buffers of its own: a donated one may appear only once
     )
     return state, {
-        "checkpoint": experiment.init,
+        "checkpoint": name,
         "fingerprint": checkpoint.fingerprint(origin.variables),
         "source": origin.data.get("source"),
+        "people": origin.data.get("people"),
         "people_hashes": list(origin.data.get("people_hashes", ())),
+        "notes": list(origin.data.get("notes", ())),
         "afresh": afresh,
+        "init": origin.data.get("init"),
     }
 
 
