@@ -13,13 +13,14 @@ COMMANDS = {
     "verify": "compares verification heads on pairs of photos",
     "align": "finds the face in each photo of a source and writes crops",
     "embed": "embeddings of a whole source, as .npz",
-    "data": "prepare: builds a set once; info: what is in it; preview: a contact sheet",
+    "import-weights": "another project's pretrained network → a checkpoint of ours",
+    "data": "prepare: builds a set once; info: what is in it; preview: a contact sheet; audit: doubtful labels, copies",
     "doctor": "devices, versions, mesh; what is missing and how to get it",
 }
 
 HELP = (
     "usage: python launch.py COMMAND …\n\n"
-    + "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
+    + "\n".join(f"  {name:16}{text}" for name, text in COMMANDS.items())
     + "\n\npython launch.py COMMAND --help documents each.\n"
     "A first run, without any download:  python launch.py train quickstart"
 )
