@@ -126,6 +126,11 @@ class Embedder:
         """Side of the crops that `__call__` takes, in pixels."""
         return self.preprocess.size
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the variables: embeddings of two checkpoints are comparable only if it is one."""
+        return checkpoint.fingerprint(self.variables)
+
     def head(self, name: str = "logistic_distance") -> heads.Head:
         """A verification head fitted on calibrate people: `head.score(a, b) >= head.threshold` means same person.
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Embeds every photo of a source into one .npz: embedding [n, d] float32, key [n], identity [n], people [m]."""
+    """Embeds every photo of a source into one .npz: embedding [n, d] float32, key [n], identity [n], people [m],
+    checkpoint (the fingerprint of its parameters)."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A run directory (its best step is taken) or a step directory."""
@@ -60,23 +61,31 @@ def run(arguments: list[str]) -> None:
         print(line)
     embedder = embedder or load(options.checkpoint)
     from faceembed import evaluate
+    from faceembed.data import crops
 
+    photos = crops.framed_for(photos, embedder.preprocess)
     started = time.perf_counter()
     embeddings, _ = evaluate.embed_photos(embedder, photos, batch=options.batch, progress=options.progress)
     seconds = time.perf_counter() - started
     options.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, embedding=embeddings, key=photos.keys, identity=photos.identity, people=photos.people)
+    np.savez(
+        temporary, embedding=embeddings, key=photos.keys, identity=photos.identity, people=photos.people,
+        checkpoint=embedder.fingerprint,
+    )  # fmt: skip
     os.replace(temporary, options.out)
     print(
         f"{options.out}: {len(embeddings):,} embeddings of {embeddings.shape[1]} numbers, {len(photos.people):,} people, "
         f"by {embedder.path}; {len(embeddings) / seconds:.0f} photos/s"
     )
+    if photos.tally:
+        print(photos.tally)
     if options.json:
         content = {
             "checkpoint": str(embedder.path), "source": options.source, "framing": options.framing,
             "fingerprint": photos.fingerprint, "photos": len(photos), "people": len(photos.people),
-            "dim": embeddings.shape[1], "seconds": seconds,
+            "dim": embeddings.shape[1], "alignment": photos.tally.to_dict() if photos.tally else None,
+            "seconds": seconds,
         }  # fmt: skip
         report.write_json(options.json, content)
 

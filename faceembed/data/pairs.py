@@ -395,12 +395,18 @@ def hard_pairs(photos: Photos, embedding: np.ndarray, *, seed: int = 0, n: int =
     )  # fmt: skip
 
 
-def read_embeddings(path: Path, photos: Photos) -> np.ndarray:
+def read_embeddings(path: Path, photos: Photos, *, checkpoint: str | None = None) -> np.ndarray:
     """[photos, d] embeddings from a file of `launch.py embed`, in the order of the photos.
+
+    Args:
+      path: the .npz file.
+      photos: of the same source.
+      checkpoint: fingerprint of the one that must have made them; not looked at in files that do not tell.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is another kind of file, or names a photo twice, or lacks photos, which are named.
+      ValueError: it is another kind of file, or names a photo twice, or lacks photos, which are named; or another
+        checkpoint made it.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -409,9 +415,15 @@ def read_embeddings(path: Path, photos: Photos) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as file:
             embedding, key = file["embedding"], file["key"]
+            maker = str(file["checkpoint"]) if "checkpoint" in file else None
     # TypeError is what an .npy file under this name gives: an array is nothing to open.
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a file of launch.py embed (embedding, key): {error}.") from error
+    if checkpoint is not None and maker is not None and maker != checkpoint:
+        raise ValueError(
+            f"{path} was made by another checkpoint (fingerprint {maker[:12]}…, expected {checkpoint[:12]}…): name the one "
+            "that made it, or embed the source again."
+        )
     if embedding.dtype.kind != "f":
         raise ValueError(f"{path}: embedding is {embedding.dtype}: expected floats.")
     if embedding.ndim != 2 or key.shape != embedding.shape[:1]:
