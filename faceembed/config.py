@@ -34,6 +34,9 @@ class Data:
     """Training crops keep this much more around the square, for augmentation to move within."""
     memory_gb: float = 4.0
     """A set whose crops fit into this is decoded once into memory; a larger one is read as it is used."""
+    exclude: str | None = None
+    """File of photos that are not trained on, a key a line, such as exclude.txt of `data audit`. People who are held out
+    keep all of theirs, so that runs with and without it are tested on the same."""
 
     def __post_init__(self) -> None:
         # Only the form is checked: a checkpoint's config must load where its photos are not.

@@ -23,7 +23,19 @@ from faceembed import metrics, plots, report
 from faceembed.plots import Line, Mark
 from faceembed.plots import escape as _e
 
-__all__ = ["Page", "Pair", "Setting", "headline", "settings", "write_page"]
+__all__ = [
+    "Page",
+    "Pair",
+    "Setting",
+    "data_uri",
+    "document",
+    "headline",
+    "section",
+    "settings",
+    "table",
+    "tiles",
+    "write_page",
+]
 
 Floats = NDArray[np.float64]
 Rows = Sequence[Mapping[str, Any]]
@@ -147,15 +159,25 @@ def render(page: Page) -> str:
     """The page as HTML: one document that needs no other file."""
     parts = [
         _header(page),
-        _section("results", "Heads side by side", _heads(page)),
-        _section("differences", "Is one better?", _differences(page)),
-        _section("everyone", "Every photo against every other", _everyone(page)),
-        _section("scores", "Where the errors lie", _score_figures(page)),
-        _section("slices", "Whom it suits less well", _slices(page)),
-        _section("hardest", "The hardest pairs", _hardest(page)),
-        _section("training", "Training", _training(page)),
-        _section("provenance", "Where this comes from", _provenance(page)),
+        section("results", "Heads side by side", _heads(page)),
+        section("differences", "Is one better?", _differences(page)),
+        section("everyone", "Every photo against every other", _everyone(page)),
+        section("scores", "Where the errors lie", _score_figures(page)),
+        section("slices", "Whom it suits less well", _slices(page)),
+        section("hardest", "The hardest pairs", _hardest(page)),
+        section("training", "Training", _training(page)),
+        section("provenance", "Where this comes from", _provenance(page)),
     ]
+    return document(page.title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """One HTML document that needs no other file and runs no script; empty parts are left out.
+
+    Args:
+      title: text, escaped here.
+      parts: HTML of the header and the sections.
+    """
     # Nothing may be fetched or run, whatever a name smuggles in.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -163,7 +185,7 @@ def render(page: Page) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{_e(page.title)}</title>\n{plots.STYLE}\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{_e(title)}</title>\n{plots.STYLE}\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in parts if part)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -186,10 +208,11 @@ def _header(page: Page) -> str:
     )
 
 
-def _tiles(tiles: Sequence[tuple[str, str, str]]) -> str:
+def tiles(figures: Sequence[tuple[str, str, str]]) -> str:
+    """Figures to open a page with: (what, value, words beneath), all text."""
     shown = "".join(
         f"<div><dt>{_e(what)}</dt><dd><b>{_e(value)}</b><span>{_e(words)}</span></dd></div>"
-        for what, value, words in tiles
+        for what, value, words in figures
     )
     return f'<dl class="tiles">{shown}</dl>'
 
@@ -203,7 +226,7 @@ def _headline_of_everyone(page: Page) -> str:
     interval = point["interval"]
     level = f"{100 * interval['level']:g} %"
     n = results["n_genuine"] + results["n_impostor"]
-    tiles = [
+    figures = [
         ("AUC", f"{head['auc']:.4f}", "how often a genuine pair outscores an impostor pair"),
         ("EER", report.format_percent(head["eer"]), "error rate where false matches and false non-matches are equal"),
         ("by pairs", report.format_percent(point["tar_pairs"]), "the same, every genuine pair weighing equally"),
@@ -215,7 +238,7 @@ def _headline_of_everyone(page: Page) -> str:
         f"are: mean over {results['n_genuine_people']:,} people. "
         f"<span>With the head <code>{_e(name)}</code>; {level} interval "
         f"{_e(report.format_percent(interval['low']))} to {_e(report.format_percent(interval['high']))}.</span></p></div>\n"
-        + _tiles(tiles)
+        + tiles(figures)
     )
 
 
@@ -228,7 +251,7 @@ def _headline_of_list(page: Page) -> str:
     people = "" if results["n_people"] is None else f" of {results['n_people']:,} people"
     level = f"{100 * interval['level']:g} %"
     points = [_operating_point(point) for point in head["tar"]]
-    tiles = [
+    figures = [
         ("AUC", f"{head['auc']:.4f}", "how often a genuine pair outscores an impostor pair"),
         ("EER", report.format_percent(head["eer"]), "error rate where false accepts and false rejects are equal"),
     ]
@@ -236,20 +259,20 @@ def _headline_of_list(page: Page) -> str:
     if resolved:
         point = min(resolved, key=lambda point: point.target)
         flagged = "~" if point.resolution.status == "flagged" else ""
-        tiles.append(
+        figures.append(
             (
                 f"TAR @ FAR {100 * point.target:g} %",
                 flagged + report.format_percent(point.tar),
                 f"genuine pairs accepted; {report.format_percent(point.far)} of impostor pairs were, too",
             )
         )
-    tiles.append(("tested pairs", f"{n:,}", f"{results['n_genuine']:,} genuine, {results['n_impostor']:,} impostor"))
+    figures.append(("tested pairs", f"{n:,}", f"{results['n_genuine']:,} genuine, {results['n_impostor']:,} impostor"))
     return (
         f'<div class="headline"><p class="figure">{_e(report.format_percent(head["accuracy"]))}</p>'
         f"<p>of {n:,} pairs of photos{people} were decided correctly: same person, or two? "
         f"<span>With the head <code>{_e(name)}</code>; {level} interval "
         f"{_e(report.format_percent(interval['low']))} to {_e(report.format_percent(interval['high']))}.</span></p></div>\n"
-        + _tiles(tiles)
+        + tiles(figures)
     )
 
 
@@ -301,7 +324,7 @@ def _heads(page: Page) -> str:
     ]
     if flagged:
         notes.append("~ rests on fewer than 30 expected false accepts.")
-    return _table(names, rows, wide=True) + f'<p class="small">{_e(" ".join(notes))}</p>'
+    return table(names, rows, wide=True) + f'<p class="small">{_e(" ".join(notes))}</p>'
 
 
 def _differences(page: Page) -> str:
@@ -329,7 +352,7 @@ def _differences(page: Page) -> str:
         for name, difference in results["differences"][results["primary"]].items()
     ]
     primary = _quantity(results["primary"])
-    table = _table(
+    shown = table(
         ["head", f"difference in {primary}, points", "interval for all at once", "detectable", "McNemar p"], rows
     )
     sentences = "".join(f"<li>{_e(sentence)}</li>" for sentence in results["conclusions"])
@@ -340,7 +363,7 @@ def _differences(page: Page) -> str:
         f"that share people{refits}. Detectable: the true difference that such data would show four times in five. "
         "McNemar's test assumes independent pairs."
     )
-    return f'{sentences}<div class="figures">{"".join(figures)}</div>{table}<p class="small">{_e(notes)}</p>'
+    return f'{sentences}<div class="figures">{"".join(figures)}</div>{shown}<p class="small">{_e(notes)}</p>'
 
 
 def _quantity(name: str) -> str:
@@ -398,7 +421,7 @@ def _everyone(page: Page) -> str:
         f"{results['n_impostor']:,} impostor pairs, counted one by one. In TAR each of the {results['n_genuine_people']:,} "
         "people with two photos or more weighs equally; weighing pairs equally would leave the say to "
         f"{results['effective_people']:,.1f} people.</p>",
-        _table(names, rows, wide=True),
+        table(names, rows, wide=True),
         f'<p class="small">[ ]: {level} intervals over {results["draws"]:,} draws of people; thresholds at each FMR of '
         "these photos, to compare heads at one point. The heads are given.</p>",
     ]
@@ -414,7 +437,7 @@ def _everyone(page: Page) -> str:
     ]
     if moved:
         parts.append("<h3>At thresholds that were set on other people</h3>")
-        parts.append(_table(["head", "set for FMR", "FMR here", "FNMR"], moved))
+        parts.append(table(["head", "set for FMR", "FMR here", "FNMR"], moved))
     figures = []
     for fmr in sorted({difference["fmr"] for difference in results["differences"]}):
         found = [d for d in results["differences"] if d["fmr"] == fmr and d["resolution"]["status"] != "unresolvable"]
@@ -444,9 +467,9 @@ def _everyone(page: Page) -> str:
             f"{100 * spread['exposure_1']:.0f} % of the impostor comparisons; 10 % hold {100 * spread['top_10']:.0f} % and "
             f"take part in {100 * spread['exposure_10']:.0f} %.</p>"
             f'<div class="two"><div><h3>Most false matches (lambs and wolves)</h3>'
-            f"{_table(('person', 'photos', 'false matches', 'comparisons'), who)}</div>"
+            f"{table(('person', 'photos', 'false matches', 'comparisons'), who)}</div>"
             f"<div><h3>Refused most often (goats)</h3>"
-            f"{_table(('person', 'photos', 'refused', 'own pairs'), not_found)}</div></div>"
+            f"{table(('person', 'photos', 'refused', 'own pairs'), not_found)}</div></div>"
         )
     return "".join(parts)
 
@@ -552,7 +575,7 @@ def _slices(page: Page) -> str:
         f"By <code>{_e(headline(page.results['heads']))}</code>, at the thresholds that decided all pairs. Parts with few "
         "pairs have wide intervals; look at those before at the rates."
     )
-    return f"<p>{words}</p>{_table(names, rows, wide=True)}"
+    return f"<p>{words}</p>{table(names, rows, wide=True)}"
 
 
 def _several(threshold: Any) -> str:
@@ -701,7 +724,7 @@ def _hardest(page: Page) -> str:
 
 def _card(pair: Pair) -> str:
     shown = "".join(
-        f'<img src="{_jpeg(crop)}" alt="{_e(photo)}" title="{_e(photo)}" width="{THUMBNAIL}" height="{THUMBNAIL}">'
+        f'<img src="{data_uri(crop)}" alt="{_e(photo)}" title="{_e(photo)}" width="{THUMBNAIL}" height="{THUMBNAIL}">'
         for crop, photo in zip(pair.crops, pair.photos, strict=True)
     )
     people = pair.people[:1] if pair.same else pair.people
@@ -710,7 +733,8 @@ def _card(pair: Pair) -> str:
     return f"<figure{wrong}><div>{shown}</div><figcaption><b>{_signed(pair.score)}</b>{names}</figcaption></figure>"
 
 
-def _jpeg(crop: NDArray[np.uint8]) -> str:
+def data_uri(crop: NDArray[np.uint8]) -> str:
+    """A picture uint8 RGB [s, s, 3], at most THUMBNAIL pixels a side, as the source of an <img>."""
     image = Image.fromarray(crop)
     if max(image.size) > THUMBNAIL:
         image = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
@@ -897,7 +921,7 @@ def _provenance(page: Page) -> str:
     tables = []
     for title, facts in page.facts.items():
         rows = [[_e(name.replace("_", " ")), _e(_value(value))] for name, value in facts.items()]
-        tables.append(f"<div><h3>{_e(title)}</h3>{_table((), rows)}</div>")
+        tables.append(f"<div><h3>{_e(title)}</h3>{table((), rows)}</div>")
     if tables:
         parts.append(f'<div class="columns">{"".join(tables)}</div>')
     if page.settings:
@@ -913,7 +937,7 @@ def _provenance(page: Page) -> str:
         classes = ["changed" if setting.changed else "" for setting in page.settings]
         parts.append(
             f'<details id="config"><summary>Configuration: {len(page.settings)} values, {changed} of them not the '
-            f"default</summary>{_table(('field', 'value', 'default'), rows, classes=classes)}</details>"
+            f"default</summary>{table(('field', 'value', 'default'), rows, classes=classes)}</details>"
         )
     return "".join(parts)
 
@@ -931,7 +955,8 @@ def _value(value: Any) -> str:
 # ---- HTML --------------------------------------------------------------------------------------------------------------
 
 
-def _section(which: str, title: str, content: str) -> str:
+def section(which: str, title: str, content: str) -> str:
+    """A part of a page; nothing if there is no content (HTML)."""
     return f'<section id="{which}">\n<h2>{_e(title)}</h2>\n{content}\n</section>' if content else ""
 
 
@@ -944,7 +969,7 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unnamed"
 
 
-def _table(
+def table(
     names: Sequence[str], rows: Sequence[Sequence[str]], *, wide: bool = False, classes: Sequence[str] = ()
 ) -> str:
     """Cells are HTML already. The first of a row is its heading."""
@@ -1032,6 +1057,16 @@ overflow:hidden}
 .pairs figcaption{padding:7px 9px 8px;font-size:11.5px;line-height:1.35;overflow-wrap:anywhere}
 .pairs b{display:block;color:var(--text);font-size:13px;font-variant-numeric:tabular-nums}
 .pairs bdi{display:block}
+.case{margin:0 0 14px;padding:12px 14px 14px;background:var(--ground);border:1px solid var(--rule);border-radius:10px;
+break-inside:avoid}
+.case>p{margin:0 0 10px;max-width:none;font-size:14px}
+.case>p span{color:var(--muted)}
+.groups{display:flex;flex-wrap:wrap;gap:12px 22px}
+.groups figure{margin:0;min-width:0}
+.groups div{display:flex;flex-wrap:wrap;gap:3px}
+.groups img{display:block;width:72px;height:72px;object-fit:cover;border-radius:3px;background:var(--rule)}
+.groups .suspect img{outline:3px solid var(--warn);outline-offset:-3px}
+.groups figcaption{margin-top:4px;font-size:12px;max-width:300px;overflow-wrap:anywhere}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 @media print{body{background:#fff;font-size:11pt}main{max-width:none;padding:0}section{margin-top:28px}
 .table{overflow:visible}.wide{font-size:11px}.wide small{font-size:9px}.wide td,.wide th{padding:4px}

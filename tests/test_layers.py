@@ -24,6 +24,8 @@ ALLOWED = {
     "report": {"metrics"},
     "plots": set(),
     "page": {"metrics", "plots", "report"},
+    "audit": set(),
+    "audit_page": {"page", "plots", "report"},
     "verification": {"verification", "metrics", "uncertainty", "report"},
     "training.diagnostics": {"losses"},
     "training.logs": {"report"},
@@ -37,9 +39,8 @@ ALLOWED = {
         "training.diagnostics", "training.logs", "training.step", "training.transfer",
     },
     "cli": {
-        "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "mesh", "page", "preprocess", "report",
-        "training.loop",
-        "verification",
+        "audit", "audit_page", "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "mesh", "page",
+        "preprocess", "report", "training.loop", "verification",
     },
 }  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""`launch.py data prepare NAME`, `data info NAME` and `data preview NAME`: build a set of photos once; what is in one;
-look at it."""
+"""`launch.py data prepare NAME`, `data info NAME`, `data preview NAME` and `data audit NAME`: build a set of photos once;
+what is in one; look at it; what is probably wrong in it."""
 
 import dataclasses
 import io
@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
+
+from faceembed.cli import audit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,11 @@ class Preview:
 
 def run(arguments: list[str]) -> None:
     """See the module."""
-    commands: dict[str, Any] = {"prepare": Prepare, "info": Info, "preview": Preview}
+    commands: dict[str, Any] = {"prepare": Prepare, "info": Info, "preview": Preview, "audit": audit.Options}
     chosen = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="launch.py data")
+    if isinstance(chosen, audit.Options):
+        audit.run(chosen)
+        return
     actions: dict[type, Any] = {Prepare: prepare, Info: info, Preview: preview}
     actions[type(chosen)](**vars(chosen))
 

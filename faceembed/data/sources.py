@@ -132,6 +132,39 @@ def select(photos: Photos, mask: np.ndarray) -> Photos:
     )
 
 
+def read_keys(path: Path | str, photos: Photos) -> np.ndarray:
+    """[n] bool: which photos a file names, a key a line; empty lines do not count.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a line is no key of these photos: the first is told with its number.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no file {path} of photos to leave out. Make it with python launch.py data audit {photos.source}."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} does not read as text ({error}): expected a photo's key a line.") from error
+    place = {str(key): index for index, key in enumerate(photos.keys)}
+    named = np.zeros(len(photos), bool)
+    unknown = []
+    for number, line in enumerate(lines, start=1):
+        key = line.removesuffix("\r")
+        if key in place:
+            named[place[key]] = True
+        elif key.strip():
+            unknown.append((number, key))
+    if unknown:
+        number, key = unknown[0]
+        raise ValueError(
+            f"{path}: {len(unknown):,} lines are no photos of {photos.source}, first line {number}: {key!r}. A key looks "
+            f"like {str(photos.keys[0])!r}; was the file made for another source?"
+        )
+    return named
+
+
 def framed(photos: Photos, framing: str) -> Photos:
     """Photos of "folder:" or "csv:" with the face where a named framing has it.
 

@@ -88,6 +88,9 @@ def train(
             print(line)
         people_of = evaluate.split_photos(photos)
         learn = people_of["train"]
+        content = photos.fingerprint
+        if experiment.data.exclude:
+            learn, content = leave_out(experiment.data.exclude, photos, learn)
         sampler = sampling.make_sampler(
             learn.identity, people=batch.people, photos=batch.photos, seed=experiment.seed, singletons=batch.singletons
         )
@@ -95,7 +98,7 @@ def train(
         hashes = [evaluate.person_hash(person) for person in learn.people]
         about: dict[str, Any] = {
             "source": photos.source,
-            "fingerprint": photos.fingerprint,
+            "fingerprint": content,
             "photos": len(learn),
             "people": len(learn.people),
             "problems": len(photos.problems),
@@ -281,6 +284,19 @@ def open_data(data: config.Data, *, size: int, seed: int, progress: bool = True)
     if data.source != "synthetic":
         return sources.open_source(data.source, data_dir=data.data_dir, progress=progress)
     return sources.open_source("synthetic", people=data.people, photos=data.photos, seed=seed, size=size)
+
+
+def leave_out(file: str, photos: sources.Photos, learn: sources.Photos) -> tuple[sources.Photos, str]:
+    """Training people without the photos that a file names, and a fingerprint that tells this from training on all.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it names photos that the source does not have.
+    """
+    named = photos.keys[sources.read_keys(file, photos)]
+    kept = ~np.isin(learn.keys, named)
+    print(f"{file}: {len(kept) - kept.sum():,} of {len(kept):,} photos of training people are left out")
+    return sources.select(learn, kept), sources.fingerprint_of(learn.keys[~kept], learn.people, photos.fingerprint)
 
 
 def make_loss(experiment: config.Experiment) -> tuple[steps.LossFn, Any]:

@@ -1,0 +1,276 @@
+"""The audit's likelihoods against Gaussians written out, its searches against loops, and errors planted for it to find."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from faceembed import audit
+
+
+def drawn(seed, counts, *, d=32, rho=0.6):
+    """Photos of people under the audit's own model, of unit length, and whose they are."""
+    rng = np.random.default_rng(seed)
+    identity = np.repeat(np.arange(len(counts)), counts)
+    people = rng.normal(size=(len(counts), d)) * np.sqrt(rho)
+    x = people[identity] + rng.normal(size=(len(identity), d)) * np.sqrt(1 - rho)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32), identity
+
+
+def log_density(photos, rho):
+    """Of one person's photos [k, d], whose dimensions have variance 1/d: one Gaussian of k numbers a dimension."""
+    k, d = photos.shape
+    if k == 0:
+        return 0.0
+    covariance = (rho * np.ones((k, k)) + (1 - rho) * np.eye(k)) / d
+    return stats.multivariate_normal(np.zeros(k), covariance).logpdf(photos.T.astype(np.float64)).sum()
+
+
+# ---- likelihoods ---------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**31 - 1), rho=st.floats(0.1, 0.9))
+def test_own_fit_orders_as_the_predictive_density_does(seed, rho):
+    rng = np.random.default_rng(seed)
+    x, identity = drawn(seed, rng.integers(1, 6, 7), d=8)
+    fit, cosine = audit.own_fit(x, identity, rho=rho)
+    for i in range(len(x)):
+        others = np.delete(x[identity == identity[i]], np.flatnonzero(np.flatnonzero(identity == identity[i]) == i), 0)
+        if not len(others):
+            assert np.isnan(fit[i])
+            assert np.isnan(cosine[i])
+            continue
+        predictive = log_density(np.vstack([others, x[i]]), rho) - log_density(others, rho)
+        # fit drops what is equal for all photos: the density of a photo whose person is known exactly.
+        constant = -0.5 * 8 * np.log(2 * np.pi * (1 - rho) / 8)
+        assert fit[i] == pytest.approx((predictive - constant) / 8 * (1 - rho), abs=1e-5)
+        centroid = others.sum(axis=0)
+        assert cosine[i] == pytest.approx(x[i] @ centroid / np.linalg.norm(centroid), abs=1e-5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**31 - 1), rho=st.floats(0.1, 0.9))
+def test_the_ratio_is_one_person_against_two(seed, rho):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 5, 6)
+    x, identity = drawn(seed, counts, d=8)
+    sums = np.stack([x[identity == person].sum(axis=0) for person in range(6)]).astype(np.float64)
+    table = audit._ratios(sums, counts, sums, counts, rho)
+    for one in range(6):
+        for other in range(6):
+            a, b = x[identity == one], x[identity == other]
+            if one == other:
+                continue  # the same photos twice are no two sets of photos
+            want = (log_density(np.vstack([a, b]), rho) - log_density(a, rho) - log_density(b, rho)) / 8
+            assert table[one, other] == pytest.approx(want, abs=1e-4)
+    pairs = audit._ratio(sums[:3], counts[:3], sums[3:], counts[3:], rho)
+    np.testing.assert_allclose(pairs, table[np.arange(3), np.arange(3, 6)], atol=1e-4)
+
+
+def test_pair_cosine_is_the_mean_over_people_of_the_mean_over_pairs():
+    x, identity = drawn(3, [5, 1, 2, 9])
+    means = []
+    for person in (0, 2, 3):
+        own = x[identity == person].astype(np.float64)
+        product = own @ own.T
+        means.append(product[np.triu_indices(len(own), 1)].mean())
+    assert audit.pair_cosine(x, identity) == pytest.approx(np.mean(means), abs=1e-6)
+
+
+# ---- searches ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 2), (7, 5), (1024, 8192)])
+def test_the_nearest_people_are_those_of_a_loop_whatever_the_tiles(rows, columns):
+    rng = np.random.default_rng(0)
+    x, identity = drawn(1, rng.integers(1, 5, 11))
+    people, fits = audit.nearest_people(x, identity, rho=0.5, rows=rows, columns=columns)
+    for i in range(len(x)):
+        of = {}
+        for person in range(11):
+            photos = x[identity == person].astype(np.float64)
+            if person != identity[i]:
+                lam = 1.0  # (1-ρ)/ρ
+                r = 1 + 1 / (len(photos) + lam)
+                mean = photos.sum(axis=0) / (len(photos) + lam)
+                of[person] = -0.5 * (((x[i] - mean) ** 2).sum() / r + 0.5 * np.log(r))
+        best = sorted(of, key=lambda person: (-round(of[person] * 2**16), person))[:3]
+        assert people[i].tolist() == best
+        np.testing.assert_allclose(fits[i], [of[person] for person in best], atol=2e-5)
+
+
+def test_equal_people_go_to_the_lowest_number_and_missing_ones_are_marked():
+    x, _ = drawn(5, [1, 1])
+    twice = np.concatenate([x[:1], x[1:], x[1:]])
+    people, fits = audit.nearest_people(twice, np.arange(3), rho=0.5, columns=1)
+    assert people[0].tolist() == [1, 2, -1]
+    assert people[1].tolist() == [2, 0, -1]
+    assert np.isneginf(fits[:, 2]).all()
+
+
+@pytest.mark.parametrize("tile", [1, 4, 1024])
+def test_near_duplicates_are_those_of_a_loop(tile):
+    rng = np.random.default_rng(2)
+    x, identity = drawn(2, rng.integers(1, 6, 9), rho=0.3)
+    # A copy in the own folder, and one in another's.
+    x[np.flatnonzero(identity == 3)[0]] = x[np.flatnonzero(identity == 3)[-1]] if (identity == 3).sum() > 1 else x[0]
+    x[0] = x[-1]
+    near, _ = audit.nearest_people(x, identity, rho=0.3, k=8)
+    got = audit.near_duplicates(x, identity, near, cosine=0.9, tile=tile)
+    product = (x.astype(np.float64) @ x.T.astype(np.float64)).round(5)
+    a, b = np.nonzero(np.triu(product >= 0.9, 1))
+    assert {(0, len(x) - 1)} <= set(zip(got.first.tolist(), got.second.tolist(), strict=True))
+    assert set(zip(got.first.tolist(), got.second.tolist(), strict=True)) == set(
+        zip(a.tolist(), b.tolist(), strict=True)
+    )
+    assert (np.diff(got.cosine) <= 0).all()
+    np.testing.assert_array_equal(got.across, identity[got.first] != identity[got.second])
+
+
+# ---- planted errors ------------------------------------------------------------------------------------------------------
+
+
+def planted(seed=0, people=300, wrong=20):
+    """Folders of 3 to 8 photos, of which some photos are moved into another folder. (x, identity, [n] whether moved)."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(3, 9, people)
+    x, true = drawn(seed, counts)
+    moved = rng.permutation(len(x))[:wrong]
+    label = true.copy()
+    label[moved] = (label[moved] + rng.integers(1, people, wrong)) % people
+    order = np.argsort(label, kind="stable")
+    return x[order], label[order], np.isin(order, moved), true[order]
+
+
+def test_photos_moved_to_other_folders_are_found_first_with_whose_they_are():
+    x, identity, moved, true = planted()
+    x, _ = audit.centred(x, identity)
+    found = audit.audit(x, identity, copy=0.999)
+    errors = found.label_errors
+    first = errors.photo[:20]
+    assert moved[first].sum() >= 19
+    right = errors.somebody & moved[errors.photo]
+    assert right.sum() >= 18
+    np.testing.assert_array_equal(errors.looks_like[right], true[errors.photo[right]])
+    np.testing.assert_array_equal(errors.person, identity[errors.photo])
+    assert (np.diff(errors.margin) <= 0).all()
+    # Few of those beyond are listed.
+    assert (~moved[errors.photo]).sum() <= 0.01 * len(x)
+    assert len(found.splits) <= 2
+    assert len(found.duplicates) == 0
+
+
+def test_a_set_without_errors_has_few_listed():
+    x, identity, _, _ = planted(seed=4, wrong=0)
+    x, _ = audit.centred(x, identity)
+    found = audit.audit(x, identity, copy=0.999)
+    assert len(found.label_errors) <= 0.005 * len(x)
+    assert len(found.splits) == 0
+    assert len(found.merges) <= 1
+
+
+def test_one_person_in_two_folders_and_two_in_one():
+    rng = np.random.default_rng(7)
+    counts = rng.integers(4, 9, 200)
+    halved = np.arange(10, 22)
+    counts[[*halved, 150, 199]] = 8
+    x, true = drawn(7, counts)
+    label = true.copy()
+    for person in halved:  # half of the photos under a name of their own
+        label[np.flatnonzero(true == person)[:4]] = 1000 + person
+    label[true == 199] = 150  # and 150's folder holds 199's photos, too
+    order = np.argsort(label, kind="stable")
+    names, identity = np.unique(label[order], return_inverse=True)
+    x, _ = audit.centred(x[order], identity)
+    found = audit.audit(x, identity, copy=0.999)
+    pairs = np.stack([names[found.splits.first], names[found.splits.second]], axis=1)
+    # The level is what half of such pairs reach, and nobody else does.
+    np.testing.assert_array_equal(pairs[:, 1], 1000 + pairs[:, 0])
+    assert 4 <= len(pairs) <= 12
+    assert (np.diff(found.splits.score) <= 0).all()
+    merged = found.merges
+    assert names[merged.person[0]] == 150
+    assert merged.size[0].tolist() == [8, 8]
+    inside = names[identity] == 150
+    side = merged.side[inside]
+    np.testing.assert_array_equal(side == side[0], true[order][inside] == true[order][inside][0])
+    assert (merged.side[~np.isin(identity, merged.person)] == -1).all()
+    assert len(merged) <= 2
+
+
+def test_folders_of_two_are_judged_and_said_to_be_unsure():
+    x, true = drawn(1, [3, *[2] * 118, 4])
+    label = true.copy()
+    label[-1] = 60  # person 119's fourth photo lies in a folder of two …
+    keep = np.arange(len(x)) != np.flatnonzero(true == 60)[0]  # … instead of one of its own
+    order = np.argsort(label[keep], kind="stable")
+    x, identity = x[keep][order], label[keep][order]
+    wrong = np.flatnonzero(identity == 60)[-1]
+    x, _ = audit.centred(x, identity)
+    errors = audit.audit(x, identity, copy=0.999).label_errors
+    assert errors.photo[0] == wrong
+    assert errors.looks_like[0] == 119
+    assert errors.somebody[0]
+    assert not errors.sure[0]
+    np.testing.assert_array_equal(errors.sure, np.bincount(identity)[errors.person] > 2)
+
+
+def test_two_people_are_enough_and_every_stranger_is_another():
+    x, identity = drawn(2, [2, 2], rho=0.9)
+    x, _ = audit.centred(x, identity)
+    found = audit.audit(x, identity, copy=0.999)
+    assert np.isfinite(found.thresholds.stranger)
+    assert np.isnan(found.thresholds.halves)
+    assert len(found.splits) == 0
+
+
+@pytest.mark.parametrize(
+    ("emb", "identity", "message"),
+    [
+        (np.ones((4, 3)), [0, 0, 1], r"expected \[n, d\] and \[n\]"),
+        (np.ones((4, 3)), [0, 1, 0, 1], "ascending order"),
+        (np.ones((4, 3)), [1, 1, 2, 2], "ascending order"),
+        (np.ones((4, 3)), [0, 0, 2, 2], "ascending order"),
+        (np.ones((3, 3)), [0, 0, 1], "fewer than 2 have two photos"),
+        (np.zeros((4, 3)), [0, 0, 1, 1], "embedding 0 has no direction"),
+        (np.ones((4, 3)), [0, 0, 1, 1], "embedding 0 has no direction"),
+        (np.array([[1, 0], [0, 1], [np.nan, 1], [1, 1]]), [0, 0, 1, 1], "embedding 2 has no direction"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(emb, identity, message):
+    with pytest.raises(ValueError, match=message):
+        audit.centred(emb, np.array(identity))
+
+
+def test_centred_embeddings_lie_around_their_middle():
+    x, identity = drawn(0, [3] * 40)
+    moved, _ = audit.centred(7 * (x + 0.8), identity)
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1, atol=1e-6)
+    means = np.stack([moved[identity == person].mean(axis=0) for person in range(40)])
+    assert np.linalg.norm(means.mean(axis=0)) < 0.1
+    shifted = x + np.float32(0.8)
+    raw = np.stack([shifted[identity == person].mean(axis=0) for person in range(40)])
+    assert np.linalg.norm(raw.mean(axis=0)) > 1
+
+
+# ---- pixels --------------------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_alike_in_their_edges_and_others_are_not():
+    rng = np.random.default_rng(0)
+    smooth = np.cumsum(np.cumsum(rng.normal(size=(8, 40, 40, 1)), axis=1), axis=2)
+    low, high = smooth.min(axis=(1, 2, 3), keepdims=True), smooth.max(axis=(1, 2, 3), keepdims=True)
+    photos = np.repeat(((smooth - low) / (high - low) * 180 + 20), 3, axis=3).astype(np.uint8)[:, 4:36, 4:36]
+    brighter = (photos * 0.7 + 60).astype(np.uint8)
+    value, mirrored = audit.correlation(photos, brighter)
+    assert value.min() > 0.95
+    assert not mirrored.any()
+    value, mirrored = audit.correlation(photos, brighter[:, :, ::-1])
+    assert value.min() > 0.95
+    assert mirrored.all()
+    value, _ = audit.correlation(photos, np.roll(brighter, 1, axis=0))
+    assert value.max() < 0.6
+    flat = np.full((1, 32, 32, 3), 99, np.uint8)
+    assert audit.correlation(flat, flat)[0] == 0
