@@ -107,7 +107,7 @@ def embed_all(embed: Callable[[Any, Any], Any], variables: Any, images: np.ndarr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embedder:
-    """A checkpoint ready to use: `embedder(images) → [n, d]` unit vectors."""
+    """A checkpoint ready to use: `embedder(images) → [n, d]`, unit vectors (dlib's own network alone gives others)."""
 
     variables: Any
     """{"params", "batch_stats"}, the moving averages of the training."""
@@ -137,6 +137,11 @@ class Embedder:
         Raises:
           ValueError: if the checkpoint has no policy, or no such head in it.
         """
+        if self.policy is None and self.data.get("step") == 0:
+            raise ValueError(
+                f"{self.path} holds imported weights, which bring no thresholds: fit a head on pairs of yours, "
+                "fe.verify.fit('logistic_distance', a, b, same), or see python launch.py verify --help."
+            )
         if self.policy is None:
             raise ValueError(
                 f"{self.path} has no policy.json for its parameters: the run did not end, or this is not its best step. "
@@ -193,7 +198,7 @@ class Embedder:
           batch: photos at once.
 
         Returns:
-          [n, d] float32 of unit length.
+          [n, d] float32, of unit length unless the encoder is dlib's with `unit=False`.
 
         Raises:
           ValueError: another dtype, size or rank: a mismatched pipeline is refused.
@@ -265,9 +270,13 @@ class Embedder:
 
         Raises:
           ImportError: faces are to be found and the detector is not installed.
-          ValueError: a file that is no whole image, a photo without a face (named), or a framing that is unknown or is for
-            another template.
+          ValueError: no photos, a file that is no whole image, a photo without a face (named), or a framing that is
+            unknown or is for another template.
         """
+        if missed not in ("error", "centre"):
+            raise ValueError(f"missed is {missed!r}: a photo without a face is an 'error', or its 'centre' is taken.")
+        if not len(photos):
+            raise ValueError("there are no photos to read: give paths or arrays.")
         template = self.preprocess.template
         if framing is None and template != "portrait":
             framing = "detect"

@@ -1,5 +1,6 @@
 """From photos to crops: templates, the photo without a face, and a folder that is stopped in the middle."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -152,6 +153,7 @@ def test_photos_are_aligned_as_they_are_read_and_counted(folder, tmp_path, detec
         assert_same_picture(crop_square(found.read(index), found.square, 50), crops.draw(photo, matrix, 50))
     tally = found.tally.to_dict()
     assert (tally["photos"], tally["missed"], tally["several"]) == (12, counts.count(0), counts.count(2))
+    assert (tally["detector"], tally["face"], tally["missed_rule"]) == ("centerface", "central", "centre")
     assert 0 < counts.count(0) < 12
     assert found.fingerprint != photos.fingerprint
     assert crops.framed_for(found, Preprocess(template="dlib", size=50)) is found
@@ -199,6 +201,36 @@ def test_a_small_face_is_looked_at_again_and_its_landmarks_come_from_there(monke
     assert found.faces == 1
 
 
+def test_at_the_border_the_second_look_takes_the_same_face_and_not_its_neighbour(monkeypatch):
+    """Two faces at the left border of a large photo: the part around the first is cut, and its middle is the second's."""
+    landmarks = np.array([[10, 405], [40, 405], [25, 417], [14, 435], [36, 435]], np.float64)
+    first = align.Face(box=np.array([2.0, 390, 57, 445]), landmarks=landmarks, score=0.8)
+    second = align.Face(box=np.array([62.0, 390, 110, 438]), landmarks=landmarks + np.array([60, 0]), score=0.9)
+    seen = {"both": [second, first], "neighbour": [second]}
+
+    def shifted(face):
+        corner = np.array([0, np.floor(417.5 - 2.5 * 55 / 2)])
+        return align.Face(box=face.box - np.tile(corner, 2), landmarks=face.landmarks - corner, score=face.score)
+
+    for what, faces in seen.items():
+
+        def detect(photo, *, long_side=224, faces=faces):
+            return [first, second] if photo.shape == (1000, 1000, 3) else [shifted(face) for face in faces]
+
+        monkeypatch.setattr(align, "detect", detect)
+        aligner = crops.Aligner(template="arcface", size=112, face="largest")
+        found = crops.find(np.zeros((1000, 1000, 3), np.uint8), aligner)
+        np.testing.assert_allclose(found.face.landmarks, first.landmarks, err_msg=what)
+
+
+def test_a_further_detector_is_one_entry(monkeypatch):
+    face = face_at([[30, 30], [60, 30], [45, 45], [33, 60], [57, 60]])
+    monkeypatch.setitem(crops.DETECTORS, "mine", lambda photo: [face])
+    monkeypatch.setitem(crops.LANDMARKS, "mine", crops.LANDMARKS["centerface"])
+    found = crops.find(np.zeros((90, 90, 3), np.uint8), crops.Aligner(template="arcface", size=112, detector="mine"))
+    assert found.face is face
+
+
 @pytest.mark.parametrize("missed", ["skip", "centre"])
 def test_a_folder_of_crops_and_its_card(folder, tmp_path, detector, missed):
     photos = opened(folder, tmp_path)
@@ -230,23 +262,112 @@ def test_an_error_for_a_photo_without_a_face_names_it(folder, tmp_path, detector
     aligner = crops.Aligner(template="arcface", size=40, missed="error")
     with pytest.raises(ValueError, match=r"person\d/\d: no face was found.*--missed skip"):
         crops.align_folder(photos, tmp_path / "out", aligner, progress=False)
+    with pytest.raises(ValueError, match=r"is not whole: its alignment was stopped"):
+        opened(tmp_path / "out", tmp_path)
+    # What the message says to type goes on in the same folder.
+    aligner = crops.Aligner(template="arcface", size=40, missed="skip")
+    assert crops.align_folder(photos, tmp_path / "out", aligner, progress=False)["photos"] == 12
+    assert opened(tmp_path / "out", tmp_path).template == "arcface"
+
+
+def test_a_photo_that_did_not_read_is_tried_again(folder, tmp_path, detector):
+    photos, aligner = opened(folder, tmp_path), crops.Aligner(template="arcface", size=40, missed="centre")
+    broken = {1, 5}
+
+    def read(index):
+        if index in broken:
+            raise OSError("the disk is away")
+        return photos.read(index)
+
+    flaky = dataclasses.replace(photos, read=read)
+    card = crops.align_folder(flaky, tmp_path / "out", aligner, progress=False)
+    assert (card["written"], card["unreadable"]) == (10, 2)
+    broken.clear()
+    card = crops.align_folder(flaky, tmp_path / "out", aligner, progress=False)
+    assert (card["photos"], card["written"], card["unreadable"]) == (12, 12, 0)
+
+
+def test_corrupt_files_that_the_source_left_out_are_counted(folder, tmp_path, detector):
+    (folder / "person0" / "broken.png").write_bytes(b"no picture")
+    aligner = crops.Aligner(template="arcface", size=40)
+    card = crops.align_folder(opened(folder, tmp_path), tmp_path / "out", aligner, progress=False)
+    assert (card["photos"], card["unreadable"]) == (12, 1)
+
+
+def test_a_folder_is_aligned_by_one_process_and_not_into_itself(folder, tmp_path, detector):
+    import fcntl
+
+    photos, aligner, out = opened(folder, tmp_path), crops.Aligner(template="arcface", size=40), tmp_path / "out"
+    out.mkdir()
+    with open(out / "align.jsonl", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError, match="another process aligns photos into"):
+            crops.align_folder(photos, out, aligner, progress=False)
+    assert crops.align_folder(photos, out, aligner, progress=False)["photos"] == 12
+    with pytest.raises(ValueError, match="its crops would be taken for a person's photos"):
+        crops.align_folder(photos, folder / "aligned", aligner, progress=False)
+    assert not (folder / "aligned").exists()
+
+
+def test_the_command_writes_what_it_says(folder, tmp_path, detector, capsys):
+    from faceembed.cli import align as command
+
+    out, flags = tmp_path / "out", ["--data-dir", str(tmp_path / "data"), "--no-progress"]
+    command.run([str(folder), str(out), "--size", "48", "--missed", "centre", "--format", "jpg",
+                 "--json", str(tmp_path / "card.json"), *flags])  # fmt: skip
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card == json.loads((out / "align.json").read_text())
+    assert (card["template"], card["size"], card["face"], card["missed_rule"]) == ("arcface", 48, "central", "centre")
+    files = sorted(out.rglob("*.jpg"))
+    assert len(files) == card["written"] == 12
+    assert all(file.read_bytes()[:2] == b"\xff\xd8" for file in files)
+    assert "12 crops of 12 photos (0 were there already)" in capsys.readouterr().out
+    command.run([str(folder), str(out), "--size", "48", "--missed", "centre", "--format", "jpg", *flags])
+    assert "12 crops of 12 photos (12 were there already)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="size is 0 px"):
+        command.run([str(folder), str(tmp_path / "zero"), "--size", "0", *flags])
+    with pytest.raises(ValueError, match="--framing lfw is for photos as they were taken"):
+        sources.framed(opened(out, tmp_path), "lfw")
+    with pytest.raises(ValueError, match="is aligned already, to the template 'arcface'"):
+        command.run([str(out), str(tmp_path / "twice"), *flags])
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        command.run(["my:photos", str(tmp_path / "none"), *flags])
+
+
+@pytest.mark.parametrize("card", ["{}", "[]", "{", '{"photos": 3}'])
+def test_a_damaged_card_is_told(folder, card, tmp_path):
+    (folder / "align.json").write_text(card)
+    with pytest.raises(ValueError, match=r"align\.json does not read"):
+        opened(folder, tmp_path)
 
 
 def test_other_settings_are_refused_and_a_cut_journal_is_mended(folder, tmp_path, detector):
     photos, out = opened(folder, tmp_path), tmp_path / "out"
     aligner = crops.Aligner(template="arcface", size=40)
     whole = crops.align_folder(photos, out, aligner, progress=False)
-    files = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     journal = out / "align.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:7]) + lines[7][:20])
     assert crops.align_folder(photos, out, aligner, progress=False) == whole
     entries = [json.loads(line) for line in journal.read_text().splitlines()]
     assert sorted(entry["key"] for entry in entries) == sorted(photos.keys)
-    kept = {json.loads(line)["key"] for line in lines[:7]}
-    rewritten = {path.relative_to(out).with_suffix("").as_posix() for path in out.rglob("*.png")
-                 if path.stat().st_mtime_ns != files.get(path.name)}  # fmt: skip
-    assert not kept & {key for key in rewritten if (out / f"{key}.png").name not in files}
+    rewritten = {path.relative_to(out).with_suffix("").as_posix() for path, when in files.items()
+                 if path.stat().st_mtime_ns != when}  # fmt: skip
+    lost = {json.loads(line)["key"] for line in lines[7:]}
+    assert rewritten == lost
+    # How the source is called does not count.
+    renamed = dataclasses.replace(photos, source=f"{photos.source}/")
+    assert crops.align_folder(renamed, out, aligner, progress=False)["photos"] == 12
+    # A crop that was removed is written again.
+    gone = next(iter(files))
+    gone.unlink()
+    crops.align_folder(photos, out, aligner, progress=False)
+    assert gone.exists()
+    journal.write_bytes(b"".join([lines[0], b"{}\n", *lines[1:]]))
+    with pytest.raises(ValueError, match=r"align\.jsonl: line 2 is damaged"):
+        crops.align_folder(photos, out, aligner, progress=False)
+    journal.write_bytes(b"".join(lines))
     with pytest.raises(ValueError, match=r"size: 40 there, 48 now"):
         crops.align_folder(photos, out, crops.Aligner(template="arcface", size=48), progress=False)
     (tmp_path / "mine").mkdir()
@@ -300,6 +421,8 @@ def test_what_cannot_be_meant():
         crops.Aligner(template="arcface", size=112, detector="mtcnn")
     with pytest.raises(ValueError, match="size is 8 px"):
         crops.Aligner(template="arcface", size=8)
+    with pytest.raises(ValueError, match="Use --detector centerface"):
+        crops.Aligner(template="facenet", size=160, detector="dlib")
 
 
 def test_an_embedder_reads_crops_out_of_photos_and_names_one_without_a_face(folder, detector):
@@ -322,6 +445,10 @@ def test_an_embedder_reads_crops_out_of_photos_and_names_one_without_a_face(fold
         embedder.read([*some, none])
     with pytest.raises(ValueError, match="photo 0: no face was found"):
         embedder.read([photos[none]])
+    with pytest.raises(ValueError, match="there are no photos to read"):
+        embedder.read([])
+    with pytest.raises(ValueError, match="missed is 'skip'"):
+        embedder.read([none], missed="skip")
     middle = crops.usual_place(None, photos[none].shape, aligner)
     np.testing.assert_array_equal(embedder.read([none], missed="centre")[0], crops.draw(photos[none], middle, 40))
     with pytest.raises(

@@ -373,7 +373,7 @@ def test_verify_counts_faces_of_tested_photos_and_of_those_heads_are_fitted_on_e
     assert {name: (tally["photos"], tally["missed"]) for name, tally in found.items()} == {
         "tested": (4, 2), "fitted on": (8, 4)
     }  # fmt: skip
-    assert "tested: a face was looked for in 4 photos; none in 2 (first " in capsys.readouterr().out
+    assert "tested: a face was looked for in 4 photos by centerface; none in 2 (first " in capsys.readouterr().out
 
 
 def test_verify_draws_the_checkpoints_own_synthetic_people(verify, opened):

@@ -55,13 +55,13 @@ def run(arguments: list[str]) -> None:
     from faceembed import report
     from faceembed.data import crops, sources
 
+    size = SIZES[options.template] if options.size is None else options.size
     aligner = crops.Aligner(
-        template=options.template, size=options.size or SIZES[options.template], detector=options.detector,
-        face=options.face, missed=options.missed,
-    )  # fmt: skip
+        template=options.template, size=size, detector=options.detector, face=options.face, missed=options.missed
+    )
     crops.require(options.detector)
     name = options.source
-    if name not in sources.SOURCES and ":" not in name:
+    if name not in sources.SOURCES and not name.startswith("folder:"):
         name = f"folder:{name}"
     photos = sources.open_source(name, data_dir=options.data_dir, progress=options.progress)
     if photos.template is not None:

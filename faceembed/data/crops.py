@@ -7,14 +7,16 @@ so the places are known for each detector and template. `Preprocess.template` na
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 from PIL import Image
@@ -65,7 +67,7 @@ DETECTORS: dict[str, Callable[[np.ndarray], list[Face]]] = {
     "centerface": align.detect,
     "dlib": align.detect_dlib,
 }
-"""Photo uint8 RGB [h, w, 3] → faces, most confident first. A further one needs its row in `LANDMARKS`, too."""
+"""Photo uint8 RGB [h, w, 3] → faces, most confident first. A further one needs its row in `LANDMARKS`, too, and no more."""
 
 FaceRule = Literal["central", "largest"]
 Missed = Literal["centre", "skip", "error"]
@@ -90,6 +92,11 @@ class Aligner:
         if self.template != "facenet" and self.template not in LANDMARKS[self.detector]:
             known = ", ".join([*LANDMARKS[self.detector], "facenet"])
             raise ValueError(f"there is no template {self.template!r} for {self.detector}; there are {known}.")
+        if self.template == "facenet" and self.detector == "dlib":
+            raise ValueError(
+                "facenet crops follow the face's box, and dlib's is another: a tenth wider and a sixth lower than those "
+                "that networks of this template were trained on. Use --detector centerface."
+            )
         if self.size < 16:
             raise ValueError(f"size is {self.size} px: a face cannot be told from 15 px or fewer. Try 112.")
 
@@ -114,8 +121,8 @@ def find(photo: np.ndarray, aligner: Aligner) -> Found:
       ImportError: the detector is not installed.
       ValueError: not a photo.
     """
-    if aligner.detector == "dlib":
-        faces = align.detect_dlib(photo)
+    if aligner.detector != "centerface":
+        faces = DETECTORS[aligner.detector](photo)
         return Found(faces=len(faces), face=align.choose(faces, photo.shape, aligner.face))
     seen = 224
     faces = align.detect(photo, long_side=seen)
@@ -135,10 +142,15 @@ def _again(photo: np.ndarray, face: Face) -> Face | None:
     side = 2.5 * float(max(face.box[2:] - face.box[:2]))
     left, top = np.maximum(0, np.floor((face.box[:2] + face.box[2:]) / 2 - side / 2)).astype(int)
     part = photo[top : top + int(side) + 1, left : left + int(side) + 1]
-    closer = align.choose(align.detect(np.ascontiguousarray(part)), part.shape, "central")
-    if closer is None:
-        return None
     shift = np.array([left, top], np.float64)
+    middle = (face.box[:2] + face.box[2:]) / 2 - shift  # of the part only where the photo's border did not cut it
+
+    def away(other: Face) -> float:
+        return float(np.linalg.norm((other.box[:2] + other.box[2:]) / 2 - middle))
+
+    closer = min(align.detect(np.ascontiguousarray(part)), key=away, default=None)
+    if closer is None or away(closer) > side / 5:  # half of the face's size: then it is somebody else's
+        return None
     return Face(box=closer.box + np.tile(shift, 2), landmarks=closer.landmarks + shift, score=closer.score)
 
 
@@ -187,7 +199,8 @@ def draw(photo: np.ndarray, matrix: np.ndarray, size: int, around: float = 1.0) 
 class Tally:
     """What was found in the photos that were read so far: key → number of faces. Filled by many threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, aligner: Aligner) -> None:
+        self._aligner = aligner
         self._faces: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -196,21 +209,26 @@ class Tally:
             self._faces[key] = faces
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON's types: photos read, in how many no face or several were found, and the first ten without one."""
+        """JSON's types: the aligner's rules, photos read, in how many no face or several were found, and the first ten
+        without one."""
         with self._lock:
             faces = dict(self._faces)
         missed = sorted(key for key, count in faces.items() if not count)
         return {
-            "photos": len(faces), "missed": len(missed), "several": sum(count > 1 for count in faces.values()),
+            "detector": self._aligner.detector, "template": self._aligner.template, "size": self._aligner.size,
+            "face": self._aligner.face, "missed_rule": self._aligner.missed, "photos": len(faces), "missed": len(missed),
+            "several": sum(count > 1 for count in faces.values()),
             "first_missed": missed[:10],
         }  # fmt: skip
 
     def __str__(self) -> str:
         found = self.to_dict()
-        text = f"a face was looked for in {found['photos']:,} photos; none in {found['missed']:,}"
+        text = (
+            f"a face was looked for in {found['photos']:,} photos by {found['detector']}; none in {found['missed']:,}"
+        )
         if found["missed"]:
             text += f" (first {found['first_missed'][0]}), of which the usual place was taken"
-        return f"{text}; several in {found['several']:,}"
+        return f"{text}; several in {found['several']:,}, of which the {found['face']} one was taken"
 
 
 def aligned(photos: sources.Photos, aligner: Aligner) -> sources.Photos:
@@ -223,7 +241,7 @@ def aligned(photos: sources.Photos, aligner: Aligner) -> sources.Photos:
     if aligner.missed == "skip":
         raise ValueError("a source's photos cannot be skipped while they are read: use 'centre' or 'error'.")
     require(aligner.detector)
-    tally = Tally()
+    tally = Tally(aligner)
     side = crop_side(aligner.size, CANVAS)
 
     def read_aligned(index: int) -> np.ndarray:
@@ -303,32 +321,35 @@ def align_folder(
       progress: show a bar.
 
     Returns:
-      The card: settings, counts of photos, faces found, missed, several, unreadable.
+      The card: settings, counts of photos, faces found, missed, several, unreadable (those that the source left out as
+      corrupt are among them).
 
     Raises:
       ImportError: the detector is not installed.
-      ValueError: OUT holds crops of other settings or another source.
+      BlockingIOError: another process aligns into the same folder.
+      ValueError: OUT holds crops of other settings or another source, or lies among the photos.
+      OSError: a crop cannot be written; its photo is named.
     """
     require(aligner.detector)
+    kind, _, root = photos.source.partition(":")
+    if kind == "folder" and out.resolve().is_relative_to(Path(root).expanduser().resolve()):
+        raise ValueError(
+            f"{out} lies in {root}: the next time its crops would be taken for a person's photos. Try another."
+        )
     card: dict[str, Any] = {
         "template": aligner.template, "size": aligner.size, "detector": aligner.detector, "face": aligner.face,
         "missed_rule": aligner.missed, "format": format, "source": photos.source, "fingerprint": photos.fingerprint,
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    if (out / CARD).exists():
-        before = json.loads((out / CARD).read_text())
-        changed = [name for name in card if before.get(name) != card[name]]
-        if changed:
-            now = "; ".join(f"{name}: {before.get(name)!r} there, {card[name]!r} now" for name in changed)
-            raise ValueError(f"{out} holds crops made otherwise ({now}). Give another folder, or remove this one.")
-    elif any(out.iterdir()):
+    if not (out / CARD).exists() and any(entry.name != JOURNAL for entry in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no {CARD}: give a folder of its own.")
-    else:
-        report.write_json(out / CARD, card)
-    done = {entry["key"]: entry for entry in _journal(out / JOURNAL)}
-    waiting = [index for index in range(len(photos)) if str(photos.keys[index]) not in done]
     lock = threading.Lock()
-    with open(out / JOURNAL, "a", encoding="utf-8") as journal:
+    with _alone(out) as journal:
+        if (out / CARD).exists():
+            _check_card(out, card)
+        report.write_json(out / CARD, card)
+        done = {entry["key"]: entry for entry in _journal(out / JOURNAL) if _is_done(entry, out, format)}
+        waiting = [index for index in range(len(photos)) if str(photos.keys[index]) not in done]
 
         def one(index: int) -> None:
             entry = _align_one(photos, index, out, aligner, format)
@@ -349,7 +370,8 @@ def align_folder(
         "written": sum(entry["outcome"] in ("face", "centre") for entry in entries),
         "missed": sum(entry["faces"] == 0 and entry["outcome"] != "unreadable" for entry in entries),
         "several": sum(entry["faces"] > 1 for entry in entries),
-        "unreadable": sum(entry["outcome"] == "unreadable" for entry in entries),
+        "unreadable": sum(entry["outcome"] == "unreadable" for entry in entries)
+        + sum(problem.reason.startswith("corrupt image") for problem in photos.problems),
     }
     report.write_json(out / CARD, card)
     return card
@@ -357,7 +379,44 @@ def align_folder(
 
 def finished(out: Path) -> int:
     """How many photos of a folder an earlier command has dealt with."""
-    return sum(1 for _ in _journal(out / JOURNAL))
+    try:
+        format = json.loads((out / CARD).read_text())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return len({entry["key"] for entry in _journal(out / JOURNAL) if _is_done(entry, out, format)})
+
+
+def _check_card(out: Path, card: Mapping[str, Any]) -> None:
+    """Refuses a folder whose crops were made otherwise. How the source was called does not count, its fingerprint does."""
+    try:
+        before = dict(json.loads((out / CARD).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{out / CARD} does not read ({error}). Remove {out} and align again.") from error
+    if before.get("missed_rule") == "error":
+        before["missed_rule"] = card["missed_rule"]  # it ended there, and no crop depends on it
+    changed = [name for name in card if name != "source" and before.get(name) != card[name]]
+    if changed:
+        now = "; ".join(f"{name}: {before.get(name)!r} there, {card[name]!r} now" for name in changed)
+        raise ValueError(f"{out} holds crops made otherwise ({now}). Give another folder, or remove this one.")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[TextIO]:
+    """The journal, open to add to, while no other process has it."""
+    with open(out / JOURNAL, "a", encoding="utf-8") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"another process aligns photos into {out}. Wait for it, stop it, or give another folder."
+            ) from None
+        yield journal
+
+
+def _is_done(entry: Mapping[str, Any], out: Path, format: str) -> bool:
+    """Whether a photo need not be looked at again: one that did not read may read now, and a crop may have been removed."""
+    written = entry["outcome"] in ("face", "centre")
+    return entry["outcome"] == "skipped" or (written and (out / f"{entry['key']}.{format}").exists())
 
 
 def _align_one(photos: sources.Photos, index: int, out: Path, aligner: Aligner, format: str) -> dict[str, Any]:
@@ -382,12 +441,13 @@ def _align_one(photos: sources.Photos, index: int, out: Path, aligner: Aligner, 
         return entry | {"outcome": "skipped"}
     else:
         raise ValueError(f"{key}: no face was found. Choose what becomes of it: --missed skip, or --missed centre.")
-    file = out / f"{key}.{format}"
-    file.parent.mkdir(parents=True, exist_ok=True)
     encoded = io.BytesIO()
     options: Mapping[str, Any] = {"format": "PNG"} if format == "png" else {"format": "JPEG", "quality": 95}
     Image.fromarray(draw(photo, matrix, aligner.size)).save(encoded, **options)
-    report.write_bytes(file, encoded.getvalue())
+    try:
+        report.write_bytes(out / f"{key}.{format}", encoded.getvalue())
+    except OSError as error:
+        raise OSError(error.errno, f"the crop of {key} cannot be written: {error.strerror}", error.filename) from error
     return entry
 
 
@@ -400,5 +460,12 @@ def _journal(path: Path) -> Iterator[dict[str, Any]]:
     if whole < len(data):
         with open(path, "r+b") as file:
             file.truncate(whole)
-    for line in data[:whole].splitlines():
-        yield json.loads(line)
+    for number, line in enumerate(data[:whole].splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            entry["key"], entry["outcome"], entry["faces"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: line {number} is damaged. Remove that line: its photo will be aligned again."
+            ) from error
+        yield entry

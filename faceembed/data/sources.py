@@ -180,6 +180,11 @@ def framed(photos: Photos, framing: str) -> Photos:
             f"--framing {framing} is for {' and '.join(UNFRAMED)} photos: {photos.source} brings its own square. "
             "Leave --framing out."
         )
+    if photos.template is not None:
+        raise ValueError(
+            f"--framing {framing} is for photos as they were taken, and {photos.source} holds crops of the template "
+            f"{photos.template!r}. Leave --framing out."
+        )
     framed_square(framing, 1)  # an unknown name is told here, not by the first photo that is cropped
     return dataclasses.replace(photos, square=functools.partial(framed_square, framing))
 
@@ -480,14 +485,20 @@ def _card_template(root: Path) -> str | None:
     """The template that `launch.py align` cut a folder's photos to; None for other folders."""
     try:
         card = json.loads((root / CARD).read_text())
+        template, whole = str(card["template"]), "photos" in card
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{root / CARD} does not read ({error}): it says how the photos were aligned. Align them again, or remove it "
             "if these photos were never aligned."
         ) from error
-    return str(card["template"])
+    if not whole:
+        raise ValueError(
+            f"{root} is not whole: its alignment was stopped. Give the same python launch.py align command again; it goes "
+            "on where it was."
+        )
+    return template
 
 
 def _is_text(path: Path) -> bool:
