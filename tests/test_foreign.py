@@ -652,13 +652,27 @@ def in_training(graph):
     node.attribute.append(onnx.helper.make_attribute("training_mode", 1))
 
 
-def other_strides(graph):
+def other(op, number, name, value):
+    """An edit that gives the `number`-th node of an operation another attribute."""
+
+    def edit(graph):
+        import onnx
+
+        node = [node for node in graph.node if node.op_type == op][number]
+        kept = [attribute for attribute in node.attribute if attribute.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+
+    return edit
+
+
+def huge(graph):
+    """A number that is finite in the file's float64 and not in our float32."""
     import onnx
 
-    node = [node for node in graph.node if node.op_type == "Conv"][1]
-    kept = [attribute for attribute in node.attribute if attribute.name != "strides"]
-    del node.attribute[:]
-    node.attribute.extend([*kept, onnx.helper.make_attribute("strides", [2, 2])])
+    name = name_of(graph, "BatchNormalization", 0, 2)
+    old = next(tensor for tensor in graph.initializer if tensor.name == name)
+    old.CopyFrom(onnx.numpy_helper.from_array(np.full(stored(graph, name).shape, 1e300), name))
 
 
 def elsewhere(graph):
@@ -703,7 +717,15 @@ FAULTS = {
     "side_branch": (side_branch, None, r"node 'aside' \(Sigmoid\).* was not expected"),
     "no_bias": (no_bias, None, r"stage1_block1/conv1\) comes from a convolution without a bias"),
     "in_training": (in_training, None, r"stage1_block1/bn1\) has training_mode 1, expected 0"),
-    "other_strides": (other_strides, None, r"stage1_block1/conv1\) has strides \[2, 2\], expected \[1, 1\]"),
+    "strides": (other("Conv", 1, "strides", [2, 2]), None, r"block1/conv1\) has strides \[2, 2\], expected \[1, 1\]"),
+    "dilations": (other("Conv", 1, "dilations", [2, 2]), None, r"block1/conv1\) has dilations \[2, 2\]"),
+    "pads": (other("Conv", 1, "pads", [1, 1, 0, 0]), None, r"block1/conv1\) has pads \[1, 1, 0, 0\], expected \[1, 1"),
+    "group": (other("Conv", 1, "group", 2), None, r"block1/conv1\) has group 2, expected 1"),
+    "auto_pad": (other("Conv", 1, "auto_pad", "SAME_UPPER"), None, r"block1/conv1\) has auto_pad"),
+    "alpha": (other("Gemm", 0, "alpha", 0.5), None, r"embedding\) has alpha 0.5, expected 1.0"),
+    "beta": (other("Gemm", 0, "beta", 0.5), None, r"embedding\) has beta 0.5, expected 1.0"),
+    "epsilon": (other("BatchNormalization", 0, "epsilon", "x"), None, r"holds a node that this format does not have"),
+    "huge": (huge, ("BatchNormalization", 0, 2), r"tensor '{}' .* not finite in float32"),
     "elsewhere": (elsewhere, ("Conv", 0, 1), r"tensor '{}' lies in another file"),
     "kernel": (cropped("Conv", 4), ("Conv", 4, 1), r"tensor '{}' .*\[63, 64, 3, 3\], expected \[64, 64, 3, 3\]"),
     "slope": (cropped("PRelu", 0), ("PRelu", 0, 1), r"tensor '{}' .*has shape \[63, 1, 1\], expected \[64, 1, 1\]"),
@@ -724,7 +746,22 @@ def test_a_faulty_file_is_named_and_so_is_its_tensor(tmp_path, iresnet, fault):
     with pytest.raises(ValueError, match=message.format(name)) as caught:
         foreign.read_insightface_onnx(edited(iresnet, tmp_path / "faulty.onnx", edit))
     assert str(tmp_path / "faulty.onnx") in str(caught.value)
-    assert "insightface-onnx reads arcface_torch's iresnet18" in str(caught.value)
+    if fault != "epsilon":
+        assert "insightface-onnx reads arcface_torch's iresnet18" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (other("ReduceL2", 0, "axes", [2]), r"\(ReduceL2\) goes over axes \[2\], expected \[1\]"),
+        (lambda graph: graph.node[-1].input.reverse(), r"\(Div\) divides .* by its length"),
+    ],
+)
+def test_what_is_no_division_by_the_length_is_refused(tmp_path, edit, message):
+    pytest.importorskip("onnx", reason=NO_ONNX)
+    path = mobilefacenet_onnx(tmp_path / "gemm.onnx", folded=True, last="gemm")
+    with pytest.raises(ValueError, match=message):
+        foreign.read_mobilefacenet_onnx(edited(path, tmp_path / "faulty.onnx", edit))
 
 
 @pytest.mark.parametrize(
@@ -757,6 +794,20 @@ def test_a_wider_mobilefacenet_is_refused(tmp_path, mobilefacenet):
         foreign.read_mobilefacenet_onnx(edited(mobilefacenet, tmp_path / "wider.onnx", wider))
 
 
+def test_an_archive_of_zeros_is_refused_before_it_is_unpacked(tmp_path):
+    import zipfile
+
+    with (
+        zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("a.npy", "w") as file,
+    ):
+        for _ in range(1100):
+            file.write(bytes(1 << 20))
+    assert (tmp_path / "bomb.npz").stat().st_size < 2e6
+    with pytest.raises(ValueError, match=r"its arrays take 1\.2 GB"):
+        foreign.read_facenet_pytorch(tmp_path / "bomb.npz")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_an_onnx_file_that_is_cut_off_is_refused(tmp_path, mobilefacenet, share):
     data = mobilefacenet.read_bytes()
@@ -775,6 +826,9 @@ def test_an_onnx_file_that_is_cut_off_is_refused(tmp_path, mobilefacenet, share)
         ({"conv2d_4b.conv.weight": np.zeros((256, 192, 1, 1))}, r"\[256, 192, 1, 1\], expected \[256, 192, 3, 3\]"),
         ({"last_linear.weight": np.zeros((512, 1791))}, r"'last_linear.weight' has shape .*, expected \[512, 1792\]"),
         ({"last_bn.bias": np.full(512, np.inf)}, "tensor 'last_bn.bias' holds values that are not finite"),
+        ({"last_bn.bias": np.full(512, 1e300)}, "tensor 'last_bn.bias' holds values that are not finite in float32"),
+        ({"last_bn.bias": np.zeros(512, complex)}, "tensor 'last_bn.bias' is complex128, expected floats"),
+        ({"last_bn.bias": np.full(512, "x")}, "tensor 'last_bn.bias' is <U1, expected floats"),
         ({"last_bn.running_var": np.full(512, -1.0)}, "tensor 'last_bn.running_var' holds variances below 0"),
     ],
 )  # fmt: skip

@@ -8,7 +8,9 @@ shape. Nothing of a file is executed: ONNX files are read and not run, PyTorch f
 """
 
 import dataclasses
+import functools
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,10 @@ class Foreign:
     """{"params", "batch_stats"}, float32 NumPy arrays in the tree of `encoder`'s module."""
     notes: tuple[str, ...]
     """What was left out or assumed, a sentence each."""
+
+
+_MOST_BYTES = 1 << 30
+"""Of all arrays of an .npz file, unpacked."""
 
 
 # ---- InsightFace's recognition networks ------------------------------------------------------------------------------
@@ -237,8 +243,10 @@ def read_facenet_pytorch(path: Path) -> Foreign:
         expected = [shape[axes.index(axis)] for axis in range(len(shape))]
         if list(array.shape) != expected:
             raise ValueError(f"{path}: tensor {name!r} has shape {list(array.shape)}, expected {expected}. {hint}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{path}: tensor {name!r} holds values that are not finite. {hint}")
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ValueError(f"{path}: tensor {name!r} is {array.dtype}, expected floats. {hint}")
+        if not _finite(array):
+            raise ValueError(f"{path}: tensor {name!r} holds values that are not finite in float32. {hint}")
         if name.endswith("running_var") and array.min() < 0:
             raise ValueError(f"{path}: tensor {name!r} holds variances below 0. {hint}")
         _put(variables, place, array.transpose(axes))
@@ -275,6 +283,10 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
         case ".npz":
             try:
                 # NumPy leaves a path that it opened itself open when the archive is damaged.
+                with open(path, "rb") as stream, zipfile.ZipFile(stream) as archive:
+                    declared = sum(member.file_size for member in archive.infolist())
+                    if declared > _MOST_BYTES:  # zeros compress a thousandfold
+                        raise ValueError(f"its arrays take {declared / 1e9:,.1f} GB, and this network's 0.2")
                 with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
                     return {name: file[name] for name in file.files}
             except Exception as error:  # zip, zlib and NumPy each raise their own kinds
@@ -354,6 +366,12 @@ def read_dlib(path: Path) -> Foreign:
 
 
 # ---- trees -----------------------------------------------------------------------------------------------------------
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether all values are finite, as float32 too."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(array.astype(np.float32)).all())
 
 
 def _put(variables: dict[str, Any], place: str, array: np.ndarray) -> None:
@@ -592,8 +610,10 @@ class _Walk:
         array = self._stored[name]
         if not np.issubdtype(array.dtype, np.floating):
             raise self.error(f"tensor {self._name(node, index)!r} ({place}) is {array.dtype}, expected floats.")
-        if not np.isfinite(array).all():
-            raise self.error(f"tensor {self._name(node, index)!r} ({place}) holds values that are not finite.")
+        if not _finite(array):
+            raise self.error(
+                f"tensor {self._name(node, index)!r} ({place}) holds values that are not finite in float32."
+            )
         return array.astype(np.float64)
 
     def _name(self, node: _Node, index: int) -> str:
@@ -616,6 +636,8 @@ class _Walk:
     # ---- layers
 
     def put(self, collection: str, place: str, array: np.ndarray) -> None:
+        if not _finite(array):  # a scale, or a number that a batch norm was folded into
+            raise self.error(f"what is stored for {place} is not finite in float32.")
         _put(self.variables, f"{collection}/{place}", array)
 
     def normalisation(self, x: str) -> tuple[str, tuple[float, float] | None]:
@@ -830,6 +852,27 @@ class _Walk:
             )
         return node.output
 
+
+def _walked(read: Callable[[Path], Foreign]) -> Callable[[Path], Foreign]:
+    """ONNX attributes may be of any type: what NumPy or Python then trip over is told as a damaged file."""
+
+    @functools.wraps(read)
+    def told(path: Path) -> Foreign:
+        try:
+            return read(path)
+        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            if str(path) in str(error):
+                raise
+            raise ValueError(
+                f"{path}: holds a node that this format does not have ({type(error).__name__}: {error}). Export the "
+                "network again."
+            ) from error
+
+    return told
+
+
+read_insightface_onnx = _walked(read_insightface_onnx)
+read_mobilefacenet_onnx = _walked(read_mobilefacenet_onnx)
 
 FORMATS: dict[str, Callable[[Path], Foreign]] = {
     "insightface-onnx": read_insightface_onnx,
