@@ -179,15 +179,21 @@ def check_same(run: Path, experiment: configs.Experiment) -> None:
     How often to save and to log, and where data lies, may change; nothing that changes what is trained may.
 
     Raises:
-      ValueError: naming every field that differs.
+      ValueError: naming every field that differs; or the directory holds weights from elsewhere, and no training.
     """
     path = run / "config.json"
     if not path.exists() or not started(run):
         return
+    if not any((step / "train").is_dir() for step in _complete_steps(run)):
+        raise ValueError(
+            f"{run} holds imported weights and no training to go on with. Start from them in a directory of its own: "
+            f"--init {run} --run-dir {run}-trained."
+        )
     stored = configs.from_json(path.read_text())
 
     def comparable(value: configs.Experiment) -> configs.Experiment:
-        data = dataclasses.replace(value.data, data_dir=None, memory_gb=1.0)
+        # What an exclude file names is part of the photos' fingerprint, wherever it lies.
+        data = dataclasses.replace(value.data, data_dir=None, memory_gb=1.0, exclude=None)
         return dataclasses.replace(value, data=data, checkpoint=configs.Checkpoint())
 
     differences = _differences(comparable(stored), comparable(experiment), "")
@@ -261,7 +267,8 @@ def find_step(path: Path) -> Path:
     if not scores:
         raise FileNotFoundError(
             f"{path} holds no complete checkpoint: expected {path}/checkpoints/STEP/params. "
-            "If the run was stopped before its first save, start the same command again."
+            "If the run was stopped before its first save, start the same command again. "
+            "A folder here goes before a pretrained network of its name."
         )
     return max(scores, key=lambda step: (scores[step], int(step.name)))
 

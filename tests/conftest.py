@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+import numpy as np
 import pytest
 
 
@@ -16,3 +17,17 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real photographs at {folder}; set FACEEMBED_TEST_DATA to a folder with lfw/ and celeba/")
     return folder
+
+
+@pytest.fixture
+def noise_photos():
+    """120 people with four photos of noise each, 16 px: enough to be split, and nothing to be rendered."""
+    from faceembed.data import sources
+
+    names = np.array([f"p{i:03d}" for i in range(120)])
+    identity = np.repeat(np.arange(120, dtype=np.int32), 4)
+    pixels = np.random.default_rng(0).integers(0, 256, (480, 16, 16, 3), np.uint8)
+    return sources.Photos(
+        source="synthetic", keys=np.array([f"{names[who]}/{i % 4}" for i, who in enumerate(identity)]),
+        identity=identity, people=names, read=lambda index: pixels[index], square=None, problems=(), fingerprint="f" * 64,
+    )  # fmt: skip

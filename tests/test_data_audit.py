@@ -190,18 +190,12 @@ def test_a_file_of_keys_is_read_and_faults_are_told(album, tmp_path):
         sources.read_keys(tmp_path / "none", photos)
 
 
-def test_photos_left_out_are_not_trained_on_and_held_out_people_keep_theirs(tmp_path, monkeypatch):
+def test_photos_left_out_are_not_trained_on_and_held_out_people_keep_theirs(noise_photos, tmp_path, monkeypatch):
     from faceembed import config, embed
     from faceembed.data import splits
     from faceembed.training import loop
 
-    names = np.array([f"p{i:03d}" for i in range(120)])
-    identity = np.repeat(np.arange(120, dtype=np.int32), 4)
-    pixels = np.random.default_rng(0).integers(0, 256, (480, 16, 16, 3), np.uint8)
-    photos = sources.Photos(
-        source="synthetic", keys=np.array([f"{names[who]}/{i % 4}" for i, who in enumerate(identity)]),
-        identity=identity, people=names, read=lambda index: pixels[index], square=None, problems=(), fingerprint="f" * 64,
-    )  # fmt: skip
+    photos = noise_photos
     sampled, make_sampler = [], loop.sampling.make_sampler
     monkeypatch.setattr(loop, "open_data", lambda *_, **__: photos)
     monkeypatch.setattr(
@@ -209,7 +203,7 @@ def test_photos_left_out_are_not_trained_on_and_held_out_people_keep_theirs(tmp_
         "make_sampler",
         lambda who, **options: (sampled.append(len(who)), make_sampler(who, **options))[1],
     )
-    part = splits.split_of(names)[identity]
+    part = splits.split_of(photos.people)[photos.identity]
     file = tmp_path / "exclude.txt"
     chosen = np.concatenate([np.flatnonzero(part == name)[:3] for name in ("train", "select", "report")])
     file.write_text("".join(f"{key}\n" for key in photos.keys[chosen]))

@@ -1,6 +1,7 @@
 """Starting from another network: what is taken over, what stays, and how fast the rest learns."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -102,15 +103,29 @@ def test_frozen_layers_keep_every_bit_statistics_and_averages_too_and_others_lea
     before, after, ema, measured = trained(dataclasses.replace(TINY, freeze=frozen))
     # Not only is it not applied: the gradient of frozen layers is not part of the norm that clips the others'.
     assert measured["grad_norm/stem"] == 0 < measured["grad_norm/stage2"]
-    for part, averaged in zip(range(2), ("params", "batch_stats"), strict=True):
+    for part, averaged in enumerate(("params", "batch_stats")):
         for name in before[part]:
             same = jax.tree.map(np.array_equal, before[part][name], after[part][name])
             kept = name.startswith("stem") or name == "stage1_block1"
             assert all(jax.tree.leaves(same)) if kept else not any(jax.tree.leaves(same)), name
-            if kept:
-                jax.tree.map(
-                    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), before[part][name], ema[averaged][name]
-                )
+            if kept:  # the averages, which are what is evaluated, too
+                jax.tree.map(np.testing.assert_array_equal, before[part][name], ema[averaged][name])
+
+
+@pytest.mark.parametrize("patterns", [("*bn*/*",), ("*bn*/scale", "*bn*/bias"), ("*_bn", "stage*")])
+def test_a_norm_whose_parameters_are_all_frozen_keeps_its_statistics(patterns):
+    before, after, *_ = trained(dataclasses.replace(TINY, freeze=patterns), count=2)
+    jax.tree.map(np.testing.assert_array_equal, before[1], after[1])
+    assert not np.array_equal(before[0]["embedding"]["kernel"], after[0]["embedding"]["kernel"])
+
+
+def test_frozen_updates_are_zero_whatever_they_were_and_the_losss_keep_their_rate():
+    updates = {"encoder": {"a": np.full(2, np.nan), "b": np.ones(2)}, "loss": {"a": np.ones(2)}}
+    rule = transfer.scale_by_layer(lambda name: 0.5, lambda name: name == "a")
+    scaled, _ = rule.update(updates, rule.init(updates), updates)
+    np.testing.assert_array_equal(scaled["encoder"]["a"], 0)
+    np.testing.assert_array_equal(scaled["encoder"]["b"], 0.5)
+    np.testing.assert_array_equal(scaled["loss"]["a"], 1)
 
 
 def test_frozen_norms_read_their_running_statistics_in_training_too():
@@ -167,6 +182,12 @@ def test_what_has_another_shape_starts_afresh_and_is_told():
         transfer.taken_over(fresh, found)
 
 
+def shapes_of(experiment):
+    """{"params", "batch_stats"} of an experiment's encoder, abstract."""
+    encoder, side = embed.build_encoder(experiment), experiment.preprocess.size
+    return jax.eval_shape(lambda: encoder.init(jax.random.key(0), np.zeros((1, side, side, 3), np.float32)))
+
+
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory):
     """A checkpoint written from variables at hand."""
@@ -198,7 +219,7 @@ def test_a_start_takes_every_array_over_averages_too_and_tells_where_it_came_fro
     mesh_free = steps.init_state(
         embed.build_encoder(TINY), optax.identity(), seed=1, size=SIZE, loss_params={"w": np.ones(2)}, dtype=np.float32
     )
-    opened = loop.open_origin(dataclasses.replace(TINY, init=str(run)))
+    opened = loop.open_origin(dataclasses.replace(TINY, init=str(run)), shapes_of(TINY))
     state, about = loop.start_from(opened, str(run), mesh_free)
     started = {"params": state.params["encoder"], "batch_stats": state.batch_stats}
     for tree in (started, state.ema):
@@ -230,10 +251,80 @@ def test_the_first_network_of_a_line_counts(origin):
             {"preprocess": config.Preprocess(size=SIZE, mean=100.0)},
             "preprocess.mean = 127.5.*Try --preprocess.mean 127.5",
         ),
+        ({"preprocess": config.Preprocess(size=SIZE, colour="bgr", scale=128.0)},
+         "--preprocess.scale 127.5 --preprocess.colour rgb"),
         ({"encoder": config.MobileFaceNet()}, "holds a convnet, and this experiment trains a mobilefacenet"),
+        ({"encoder": dataclasses.replace(TINY.encoder, blocks=(1, 2))}, "are in one of both only, such as stage2_block2"),
     ],
-)
+)  # fmt: skip
 def test_a_start_that_does_not_fit_says_what_to_type(origin, change, message):
     experiment = dataclasses.replace(TINY, init=str(origin[0]), **change)
     with pytest.raises(ValueError, match=message):
-        loop.open_origin(experiment)
+        loop.open_origin(experiment, shapes_of(experiment))
+
+
+def test_another_depth_of_one_family_is_named(monkeypatch):
+    """iresnet18 and iresnet50 are one class of config; told apart before anything is compared."""
+    there = dataclasses.replace(TINY, encoder=config.IResNet(depth=18))
+    opened = embed.Embedder(variables={}, preprocess=TINY.preprocess, config=there, data={}, policy=None, path=None,
+                            embed=None)  # fmt: skip
+    monkeypatch.setattr(embed, "load", lambda path: opened)
+    with pytest.raises(
+        ValueError, match="holds a iresnet18, and this experiment trains a iresnet50. Try --encoder iresnet18"
+    ):
+        loop.open_origin(dataclasses.replace(TINY, init="there", encoder=config.IResNet(depth=50)), {})
+
+
+def test_typing_errors_in_patterns_are_told_before_photos_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "open_data", lambda *_, **__: pytest.fail("photos were read"))
+    for change, message in (
+        ({"freeze": ("typo",)}, "--freeze has the pattern 'typo'"),
+        ({"layer_rates": ("typo=0.1",)}, "--layer-rates has the pattern 'typo'"),
+        (
+            {"preprocess": config.Preprocess(size=SIZE, template="arcface"), "data": config.Data(margin=1.9)},
+            "Try --data.margin 1.5",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loop.train(dataclasses.replace(TINY, **change), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_imported_weights_are_trained_from_resumed_and_kept(origin, noise_photos, tmp_path, monkeypatch):
+    """What `launch.py import-weights` writes: trained from elsewhere, resumed without it, and never trained over."""
+    run, variables = origin
+    copy = tmp_path / "imported"
+    shutil.copytree(run, copy)
+    with pytest.raises(ValueError, match=f"holds imported weights and no training .*--init {copy}"):
+        loop.train(TINY, copy, devices=1, progress=False)
+    assert embed.load(copy).fingerprint == checkpoint.fingerprint(variables)
+
+    monkeypatch.setattr(loop, "open_data", lambda *_, **__: noise_photos)
+    experiment = dataclasses.replace(
+        TINY, steps=4, init=str(copy), freeze=("stem*",), checkpoint=config.Checkpoint(every=2, log=2)
+    )
+    loop.train(experiment, tmp_path / "whole", devices=1, progress=False)
+
+    batches_of = loop.pipeline.batches
+
+    def cut_off(*args, start_step, **options):
+        for number, batch in enumerate(batches_of(*args, start_step=start_step, **options)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(loop.pipeline, "batches", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(experiment, tmp_path / "cut", devices=1, progress=False)
+    monkeypatch.setattr(loop.pipeline, "batches", batches_of)
+    shutil.rmtree(copy)  # a run that goes on asks nothing of where it started
+    loop.train(experiment, tmp_path / "cut", devices=1, progress=False)
+    whole, cut = (
+        embed.load(tmp_path / "whole" / "checkpoints" / "4"),
+        embed.load(tmp_path / "cut" / "checkpoints" / "4"),
+    )
+    assert cut.fingerprint == whole.fingerprint != checkpoint.fingerprint(variables)
+    jax.tree.map(np.testing.assert_array_equal, cut.variables["params"]["stem_conv"], variables["params"]["stem_conv"])
+    for embedder in (whole, cut):
+        assert embedder.data["init"]["fingerprint"] == checkpoint.fingerprint(variables)
+        assert "abc" in embedder.data["people_hashes"]

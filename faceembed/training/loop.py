@@ -75,11 +75,21 @@ def train(
     encoder = embed.build_encoder(experiment)
     # A size that the encoder cannot take is told before photos are read.
     images = jnp.zeros((1, pre.size, pre.size, 3), jnp.float32)
-    jax.eval_shape(lambda key: encoder.init(key, images, train=False), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: encoder.init(key, images, train=False), jax.random.key(0))
+    frozen = transfer.frozen_by(experiment.freeze, shapes["params"]) if experiment.freeze else None
+    by_layer = None
+    if experiment.freeze or experiment.layer_rates:
+        rates = transfer.rates_by(experiment.layer_rates, shapes["params"])
+        by_layer = transfer.scale_by_layer(rates, frozen or (lambda name: False))
+    if pre.template != "portrait" and experiment.data.margin > crops.CANVAS:
+        raise ValueError(
+            f"data.margin is {experiment.data.margin}: photos aligned as they are read are drawn {crops.CANVAS} times as "
+            f"large as a crop. Try --data.margin {crops.CANVAS}."
+        )
     with checkpoint.locked(run):
         checkpoint.check_same(run, experiment)
         # A start that does not fit is told before photos are read; a run that goes on asks nothing of it any more.
-        origin = open_origin(experiment) if experiment.init and not checkpoint.started(run) else None
+        origin = open_origin(experiment, shapes) if experiment.init and not checkpoint.started(run) else None
 
         # ---- data: photos, people split once, the P×K plan ---------------------------------------------------------
         photos = open_data(experiment.data, size=pre.size, seed=experiment.seed, progress=progress)
@@ -107,12 +117,6 @@ def train(
 
         # ---- encoder, loss, optimizer, state -----------------------------------------------------------------------
         loss, loss_params = make_loss(experiment)
-        shapes = jax.eval_shape(lambda key: encoder.init(key, images, train=False), jax.random.key(0))["params"]
-        frozen = transfer.frozen_by(experiment.freeze, shapes) if experiment.freeze else None
-        by_layer = None
-        if experiment.freeze or experiment.layer_rates:
-            rates = transfer.rates_by(experiment.layer_rates, shapes)
-            by_layer = transfer.scale_by_layer(rates, frozen or (lambda name: False))
         optimizer, learning_rate = steps.make_optimizer(
             _rule(experiment.optimizer), learning_rate=schedule.learning_rate, warmup=schedule.warmup,
             steps=experiment.steps, weight_decay=schedule.weight_decay, clip_norm=schedule.clip_norm, by_layer=by_layer,
@@ -215,28 +219,34 @@ def train(
         return evaluate.final_report(run, people_of, progress=progress, command=command)
 
 
-def open_origin(experiment: config.Experiment) -> embed.Embedder:
+def open_origin(experiment: config.Experiment, shapes: Any) -> embed.Embedder:
     """The checkpoint that `experiment.init` names.
+
+    Args:
+      shapes: {"params", "batch_stats"} that this experiment's encoder has, abstract.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
-      ValueError: it has another encoder, or its photos are read otherwise.
+      ValueError: it has another encoder or other layers, or its photos are read otherwise.
     """
     assert experiment.init is not None
     origin = embed.load(experiment.init)
     here, there = experiment.preprocess, origin.preprocess
-    for name in ("template", "mean", "scale", "colour"):
-        if getattr(here, name) != getattr(there, name):
-            raise ValueError(
-                f"--init {experiment.init} reads photos with preprocess.{name} = {getattr(there, name)!r}, and this "
-                f"experiment has {getattr(here, name)!r}: its layers would see other numbers. Try "
-                f"--preprocess.{name} {_typed(getattr(there, name))}."
-            )
-    if type(experiment.encoder) is not type(origin.config.encoder):
+    other = [name for name in ("template", "mean", "scale", "colour") if getattr(here, name) != getattr(there, name)]
+    if other:
+        differences = ", ".join(f"preprocess.{name} = {getattr(there, name)!r}" for name in other)
+        flags = " ".join(f"--preprocess.{name} {_typed(getattr(there, name))}" for name in other)
         raise ValueError(
-            f"--init {experiment.init} holds a {config.encoder_name(origin.config.encoder)}, and this experiment trains a "
-            f"{config.encoder_name(experiment.encoder)}. Try --encoder {config.encoder_name(origin.config.encoder)}."
+            f"--init {experiment.init} reads photos with {differences}, and this experiment has "
+            f"{', '.join(repr(getattr(here, name)) for name in other)}: its layers would see other numbers. Try {flags}."
         )
+    names = config.encoder_name(origin.config.encoder), config.encoder_name(experiment.encoder)
+    if names[0] != names[1]:
+        raise ValueError(
+            f"--init {experiment.init} holds a {names[0]}, and this experiment trains a {names[1]}. Try --encoder "
+            f"{names[0]}."
+        )
+    transfer.require_alike(shapes, origin.variables)
     return origin
 
 

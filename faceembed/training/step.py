@@ -176,6 +176,9 @@ def make_train_step(
             state.ema,
             {"params": params["encoder"], "batch_stats": batch_stats},
         )
+        if frozen:  # of two equal numbers, the sum of both shares need not be that number again
+            latest = {"params": params["encoder"], "batch_stats": batch_stats}
+            average = jax.tree.map(lambda old, new, mean: jnp.where(new == old, old, mean), state.ema, latest, average)
         new = TrainState(
             step=state.step + 1,
             skipped=state.skipped + jnp.where(finite, 0, 1),

@@ -97,13 +97,39 @@ def without_gradient(params: Any, frozen: Frozen) -> Any:
 def evaluate_frozen(frozen: Frozen) -> Any:
     """A context in which frozen batch normalisations use their running statistics, and change none, in training too."""
 
+    def held(module: BatchNorm) -> bool:
+        """A norm that is named, or all of whose parameters are: "stem_bn", "stem_bn/*" or "*/scale" and "*/bias"."""
+        path = "/".join(module.path)
+        return frozen(path) or (frozen(f"{path}/bias") and (not module.use_scale or frozen(f"{path}/scale")))
+
     def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if isinstance(module, BatchNorm) and context.method_name == "__call__" and frozen("/".join(module.path)):
+        if isinstance(module, BatchNorm) and context.method_name == "__call__" and held(module):
             object.__setattr__(module, "use_running_average", True)  # this application's own copy of the module
         return call(*args, **kwargs)
 
     return nn.intercept_methods(interceptor)
+
+
+def require_alike(fresh: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Refuses a network of other layers; shapes may differ. Both are {"params", "batch_stats"}.
+
+    Raises:
+      ValueError: the first few layers that only one of both has are named; or no shape agrees.
+    """
+    alike = False
+    for part in ("params", "batch_stats"):
+        here, there = fresh.get(part, {}), found.get(part, {})
+        odd = sorted(set(names_of(here)) ^ set(names_of(there)))
+        if odd:
+            raise ValueError(
+                f"--init holds another kind of encoder: {len(odd)} parameters are in one of both only, such as "
+                f"{', '.join(odd[:3])}. Give the --encoder and its options that it was trained with."
+            )
+        shapes = zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True)
+        alike |= any(one.shape == other.shape for one, other in shapes)
+    if not alike:
+        raise ValueError("--init has no layer of the shape that this encoder has: nothing would be taken over.")
 
 
 def taken_over(fresh: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -119,28 +145,19 @@ def taken_over(fresh: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[dict
     Raises:
       ValueError: the trees have different layers (the first few are named), or no shape agrees.
     """
-    result, stayed, taken = {}, [], 0
+    require_alike(fresh, found)
+    result, stayed = {}, []
     for part in ("params", "batch_stats"):
         here, there = fresh[part], found.get(part, {})
-        odd = sorted(set(names_of(here)) ^ set(names_of(there)))
-        if odd:
-            raise ValueError(
-                f"--init holds another kind of encoder: {len(odd)} parameters are in one of both only, such as "
-                f"{', '.join(odd[:3])}. Give the --encoder and its options that it was trained with."
-            )
         values = dict(zip(names_of(there), jax.tree.leaves(there), strict=True))
 
         def take(path: tuple[Any, ...], leaf: jax.Array, values: dict[str, Any] = values) -> Any:
-            nonlocal taken
             name = "/".join(key.key for key in path)
             value = values[name]
             if value.shape != leaf.shape:
                 stayed.append(f"{name} {list(leaf.shape)}, there {list(value.shape)}")
                 return leaf
-            taken += 1
             return np.asarray(value).astype(leaf.dtype)
 
         result[part] = jax.tree_util.tree_map_with_path(take, here)
-    if not taken:
-        raise ValueError("--init has no layer of the shape that this encoder has: nothing would be taken over.")
     return result, stayed
