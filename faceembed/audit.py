@@ -47,6 +47,8 @@ __all__ = [
     "nearest_people",
     "own_fit",
     "pair_cosine",
+    "person_sums",
+    "ratios",
     "split_people",
 ]
 
@@ -73,8 +75,8 @@ class Thresholds:
     own_low: float
     """5 % quantile of the same: a photo that looks like somebody else fits its own folder worse than this."""
     stranger: float
-    """Median cosine of a photo to the centroid of a random other person: one that has no more to its own folder looks like
-    nobody of it."""
+    """90 % quantile of the cosine of a photo to the centroid of a random other person: one that has no more to its own
+    folder looks like nobody of it."""
     nearest_high: float
     """99 % quantile, over photos that fit their own folder better than the median, of the fit to the nearest other
     person: only what is nearer looks like somebody else."""
@@ -227,7 +229,7 @@ def centred(emb: NDArray[np.floating], identity: NDArray[np.integer]) -> tuple[F
             f"of {identity[-1] + 1} people fewer than 2 have two photos: labels are judged by a person's other photos."
         )
     unit = directions(emb, np.zeros(emb.shape[1], np.float32))
-    sums, count = _sums(unit, identity)
+    sums, count = person_sums(unit, identity)
     middle = (sums / count[:, None]).mean(axis=0).astype(np.float32)
     return directions(unit, middle), middle
 
@@ -261,7 +263,7 @@ def pair_cosine(x: Floats, identity: NDArray[np.integer]) -> float:
 
     It is kept within [0.001, 0.999]: beyond, photos tell nothing about people, or people do not vary. O(n·d).
     """
-    sums, count = _sums(x, identity)
+    sums, count = person_sums(x, identity)
     several = count > 1
     return float(np.clip(_inner(sums[several], count[several]).mean(), 0.001, 0.999))
 
@@ -278,7 +280,7 @@ def own_fit(x: Floats, identity: NDArray[np.integer], *, rho: float) -> tuple[Fl
       ([n] fit, [n] cosine to the centroid of the others); NaN for a person's only photo. Where the others cancel out
       exactly, the cosine is 0.
     """
-    sums, count = _sums(x, identity)
+    sums, count = person_sums(x, identity)
     fit, cosine = np.full(len(x), np.nan, np.float32), np.full(len(x), np.nan, np.float32)
     for start in range(0, len(x), COLUMNS):
         who = identity[start : start + COLUMNS]
@@ -307,7 +309,7 @@ def nearest_people(
       ([n, k] people, best first, of equal ones the lowest number; [n, k] fits). With fewer than k others, the last
       columns hold -1 and -inf.
     """
-    sums, count = _sums(x, identity)
+    sums, count = person_sums(x, identity)
     lam, spread = _lambda(rho), 1 + 1 / (count + _lambda(rho))
     # fit = x·μ/r - ½((1 + |μ|²)/r + (1-ρ)·log r) for |x| = 1: a matrix product and a number a person.
     square = np.einsum("md,md->m", sums, sums) / (count + lam) ** 2
@@ -338,8 +340,8 @@ def label_errors(
 
     - it looks like somebody else: it fits its folder worse than 95 % of all photos do, and fits another person better than
       99 % of the photos beyond doubt fit theirs, and better than its own folder; or
-    - it looks like nobody of its folder: its cosine to the other photos' centroid is no more than half of all photos have
-      to a random stranger's.
+    - it looks like nobody of its folder: its cosine to the other photos' centroid is no more than nine tenths of all photos
+      have to a random stranger's.
 
     Args:
       x: [n, d] unit length.
@@ -350,7 +352,7 @@ def label_errors(
     Returns:
       (the errors, the four levels of `Thresholds` that they were judged by).
     """
-    sums, count = _sums(x, identity)
+    sums, count = person_sums(x, identity)
     own, own_cosine = own_fit(x, identity, rho=rho)
     judged = np.flatnonzero(count[identity] > 1)
     # Of every photo a random photo of somebody else: folders are met as often as they have photos, as the own ones are.
@@ -370,7 +372,7 @@ def label_errors(
     levels = {
         "own_median": float(median),
         "own_low": float(low),
-        "stranger": float(np.median(strangers)),
+        "stranger": float(np.quantile(strangers, 0.9)),
         "nearest_high": float(np.quantile(near_fit[beyond_doubt, 0], 0.99)),
     }
 
@@ -413,9 +415,9 @@ def split_people(
     Returns:
       (pairs at or above the level, among the k most alike of every person; the level, NaN if no folder has 4 photos).
     """
-    sums, count = _sums(x, identity)
+    sums, count = person_sums(x, identity)
     place = np.arange(len(x)) - (np.cumsum(count) - count)[identity]
-    odd, n_odd = _sums(x, identity, weight=place % 2)
+    odd, n_odd = person_sums(x, identity, weight=place % 2)
     halved = count >= 4
     level = math.nan
     if halved.any():
@@ -428,7 +430,7 @@ def split_people(
     for top in range(0, len(count), rows):
         for left in range(0, len(count), columns):
             one, other = slice(top, top + rows), slice(left, left + columns)
-            tile = _ratios(sums[one], count[one], sums[other], count[other], rho)
+            tile = ratios(sums[one], count[one], sums[other], count[other], rho)
             _rounded(tile)
             itself = np.arange(max(top, left), min(top + len(tile), left + tile.shape[1]))
             tile[itself - top, itself - left] = -np.inf
@@ -455,13 +457,13 @@ def merged_people(x: Floats, identity: NDArray[np.integer], *, rho: float) -> tu
     Returns:
       (folders, the level, NaN if no two folders have two clusters).
     """
-    sums, count = _sums(x, identity)
+    sums, count = person_sums(x, identity)
     side = np.full(len(x), -1, np.int8)
     starts = np.cumsum(count) - count
     for first, last in _whole_people(count):
         begin, end = starts[first], starts[last - 1] + count[last - 1]
         side[begin:end] = _two_means(x[begin:end], count[first:last])
-    one, n_one = _sums(x, identity, weight=side == 1)
+    one, n_one = person_sums(x, identity, weight=side == 1)
     able = np.flatnonzero((n_one >= 2) & (count - n_one >= 2))
     b, n_b = one[able], n_one[able]
     a, n_a = sums[able] - b, count[able] - n_b
@@ -581,7 +583,7 @@ def _fit(
     return -0.5 * (distance / spread + (1 - rho) * np.log(spread))
 
 
-def _ratios(
+def ratios(
     a: NDArray[np.floating], n_a: NDArray[np.integer], b: NDArray[np.floating], n_b: NDArray[np.integer], rho: float
 ) -> Floats:
     """[p, q] log-likelihood ratios a dimension of sums a [p, d] and b [q, d] of n photos: one person against two.
@@ -616,7 +618,7 @@ def _ratio(
     return -0.5 * (gap / given + np.log(given)) + 0.5 * (square / without + np.log(without))
 
 
-def _sums(
+def person_sums(
     x: Floats, identity: NDArray[np.integer], weight: NDArray | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """([m, d] sum of each person's photos, [m] how many); of those with weight 1 where weights 0 or 1 are given."""

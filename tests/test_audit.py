@@ -57,7 +57,7 @@ def test_the_ratio_is_one_person_against_two(seed, rho):
     counts = rng.integers(1, 5, 6)
     x, identity = drawn(seed, counts, d=8)
     sums = np.stack([x[identity == person].sum(axis=0) for person in range(6)]).astype(np.float64)
-    table = audit._ratios(sums, counts, sums, counts, rho)
+    table = audit.ratios(sums, counts, sums, counts, rho)
     for one in range(6):
         for other in range(6):
             a, b = x[identity == one], x[identity == other]
