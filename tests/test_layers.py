@@ -34,13 +34,14 @@ ALLOWED = {
     "checkpoint": {"config", "report", "training.step"},
     "embed": {"checkpoint", "config", "data", "encoders", "preprocess", "verification"},
     "evaluate": {"faceembed", "checkpoint", "data", "embed", "metrics", "page", "report", "verification"},
+    "export": {"faceembed", "embed", "encoders"},
     "training.loop": {
         "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "report",
         "training.diagnostics", "training.logs", "training.step", "training.transfer",
     },
     "cli": {
-        "audit", "audit_page", "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "mesh", "page",
-        "preprocess", "report", "training.loop", "verification",
+        "audit", "audit_page", "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "export", "mesh",
+        "page", "preprocess", "report", "training.loop", "verification",
     },
 }  # fmt: skip
 

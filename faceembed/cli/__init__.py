@@ -14,6 +14,7 @@ COMMANDS = {
     "align": "finds the face in each photo of a source and writes crops",
     "embed": "embeddings of a whole source, as .npz",
     "import-weights": "another project's pretrained network → a checkpoint of ours",
+    "export": "a checkpoint → a file that runs without this code",
     "data": "prepare: builds a set once; info: what is in it; preview: a contact sheet; audit: doubtful labels, copies",
     "doctor": "devices, versions, mesh; what is missing and how to get it",
 }

@@ -11,7 +11,10 @@ for the backward pass costs more to write than to compute again. They are revers
 a gradient that has one inside a custom rule is off by the number of devices.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import flax.linen as nn
@@ -31,9 +34,22 @@ fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 depthwise_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiled_for(platform: str) -> Iterator[None]:
+    """What is traced inside is meant for another back end ("cpu", "cuda", "tpu") than JAX's own here."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
 def default_form() -> Form:
-    """The faster form on the back end that JAX will run on: "dots" on CPU, "conv" elsewhere."""
-    return "dots" if jax.default_backend() == "cpu" else "conv"
+    """The faster form on the back end of `compiled_for`, else JAX's own: "dots" on CPU, "conv" elsewhere."""
+    return "dots" if (_target.get() or jax.default_backend()) == "cpu" else "conv"
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, strides: int, padding: int, groups: int = 1) -> jax.Array:
