@@ -94,11 +94,12 @@ def show(
     groups: list[list[audit_page.Group]] = [[] for _ in found]
     for which, (name, photos) in enumerate(parts.items()):
         offset = which * len(celeba)
-        chosen = [np.flatnonzero(photos.identity == pair[which])[:SHOWN] for pair in found]
+        people = [pair[:2][which] for pair in found]
+        chosen = [np.flatnonzero(photos.identity == person)[:SHOWN] for person in people]
         mask = np.zeros(len(photos), bool)
         for row, inside in enumerate(chosen):
             mask[inside] = True
-            caption = f"{name}: {photos.people[found[row][which]]}"
+            caption = f"{name}: {photos.people[people[row]]}"
             groups[row].append(audit_page.Group(caption=caption, photos=tuple((offset + inside).tolist())))
         drawn = pipeline.decode_all(sources.select(photos, mask), embedder.size, progress=False) if mask.any() else ()
         crops |= {offset + int(index): crop for index, crop in zip(np.flatnonzero(mask), drawn, strict=True)}
@@ -125,6 +126,8 @@ def with_and_without(checkpoint: Path, people: set[str], data_dir: Path | None) 
         listed, photos = pair_lists.load_pairs(f"lfw:{name}", data_dir=data_dir)
         sides[name] = evaluate.embed_pairs(embedder, photos, listed)
     test = sides["view1_test"]
+    assert test.people_a is not None
+    assert test.people_b is not None
     kept = ~(np.isin(test.people_a, list(people)) | np.isin(test.people_b, list(people)))
     rest = EmbeddedPairs(test.a[kept], test.b[kept], test.same[kept], test.people_a[kept], test.people_b[kept])
     rows = []

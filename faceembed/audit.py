@@ -543,7 +543,7 @@ def fingerprints(crops: NDArray[np.uint8]) -> Floats:
     down = np.diff(grey, axis=1).reshape(len(crops), -1)
     edges = np.concatenate([across, down], axis=1)
     norm = np.linalg.norm(edges, axis=1, keepdims=True)
-    return edges / np.where(norm > 1e-3, norm, np.inf)
+    return edges / np.where(norm > 1e-3, norm, np.inf).astype(np.float32)
 
 
 def correlation(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> tuple[Floats, NDArray[np.bool_]]:
@@ -593,7 +593,7 @@ def ratios(
     """
     known = n_a + _lambda(rho)
     mean, point = (b / n_b[:, None]).astype(np.float32), (a / known[:, None]).astype(np.float32)
-    distance = -2 * (point @ mean.T)
+    distance: Floats = -2 * (point @ mean.T)
     distance += np.einsum("pd,pd->p", point, point)[:, None]
     square = np.einsum("qd,qd->q", mean, mean)
     distance += square

@@ -42,12 +42,31 @@ _MOST_BYTES = 1 << 30
 """Of all arrays of an .npz file, unpacked."""
 
 
+def _walked(read: Callable[[Path], Foreign]) -> Callable[[Path], Foreign]:
+    """ONNX attributes may be of any type: what NumPy or Python then trip over is told as a damaged file."""
+
+    @functools.wraps(read)
+    def told(path: Path) -> Foreign:
+        try:
+            return read(path)
+        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            if str(path) in str(error):
+                raise
+            raise ValueError(
+                f"{path}: holds a node that this format does not have ({type(error).__name__}: {error}). Export the "
+                "network again."
+            ) from error
+
+    return told
+
+
 # ---- InsightFace's recognition networks ------------------------------------------------------------------------------
 
 _DEPTHS: dict[tuple[int, ...], Any] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34, (3, 4, 14, 3): 50, (3, 13, 30, 3): 100}
 _WIDTHS = (64, 128, 256, 512)
 
 
+@_walked
 def read_insightface_onnx(path: Path) -> Foreign:
     """An `iresnet` of InsightFace as its arcface_torch exports it, such as w600k_r50.onnx or glintr100.onnx.
 
@@ -120,6 +139,7 @@ def read_insightface_onnx(path: Path) -> Foreign:
 _BOTTLENECKS = ((128, 64, 2, 5), (256, 128, 2, 1), (256, 128, 1, 6), (512, 128, 2, 1), (256, 128, 1, 2))
 
 
+@_walked
 def read_mobilefacenet_onnx(path: Path) -> Foreign:
     """A MobileFaceNet with the layers of the paper's table 1, as PyTorch implementations of it are exported.
 
@@ -852,27 +872,6 @@ class _Walk:
             )
         return node.output
 
-
-def _walked(read: Callable[[Path], Foreign]) -> Callable[[Path], Foreign]:
-    """ONNX attributes may be of any type: what NumPy or Python then trip over is told as a damaged file."""
-
-    @functools.wraps(read)
-    def told(path: Path) -> Foreign:
-        try:
-            return read(path)
-        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            if str(path) in str(error):
-                raise
-            raise ValueError(
-                f"{path}: holds a node that this format does not have ({type(error).__name__}: {error}). Export the "
-                "network again."
-            ) from error
-
-    return told
-
-
-read_insightface_onnx = _walked(read_insightface_onnx)
-read_mobilefacenet_onnx = _walked(read_mobilefacenet_onnx)
 
 FORMATS: dict[str, Callable[[Path], Foreign]] = {
     "insightface-onnx": read_insightface_onnx,
