@@ -541,9 +541,9 @@ def fingerprints(crops: NDArray[np.uint8]) -> Floats:
     grey = crops.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     across = np.diff(grey, axis=2).reshape(len(crops), -1)
     down = np.diff(grey, axis=1).reshape(len(crops), -1)
-    edges = np.concatenate([across, down], axis=1)
+    edges: Floats = np.concatenate([across, down], axis=1)
     norm = np.linalg.norm(edges, axis=1, keepdims=True)
-    return edges / np.where(norm > 1e-3, norm, np.inf).astype(np.float32)
+    return np.divide(edges, norm, out=np.zeros_like(edges), where=norm > 1e-3)
 
 
 def correlation(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> tuple[Floats, NDArray[np.bool_]]:
