@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from faceembed import audit, audit_page, embed, evaluate, report
+from faceembed.data import crops as crop_rules
 from faceembed.data import pairs as pair_lists
 from faceembed.data import pipeline, sources
 from faceembed.verification import EmbeddedPairs
@@ -93,6 +94,7 @@ def show(
     crops: dict[int, np.ndarray] = {}
     groups: list[list[audit_page.Group]] = [[] for _ in found]
     for which, (name, photos) in enumerate(parts.items()):
+        photos = crop_rules.framed_for(photos, embedder.preprocess)
         offset = which * len(celeba)
         people = [pair[:2][which] for pair in found]
         chosen = [np.flatnonzero(photos.identity == person)[:SHOWN] for person in people]

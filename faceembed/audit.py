@@ -59,6 +59,9 @@ NEAREST = 3
 """People per photo, and per person, that are looked at more closely."""
 ROWS, COLUMNS = 1024, 8192
 """Of a tile of a matrix product: 32 MB in float32."""
+MOST_COUNTED = 8
+"""Photos of a person that count as evidence where folders are held against folders. Photos of one day have more in common
+than the model knows, and hundreds of them would seem to prove whatever they show."""
 GRAIN = 2.0**-16
 """Fits are rounded to it, so that the noise of a matrix product does not order what is equally near: ties then go to the
 lowest number, whatever the tiles."""
@@ -81,8 +84,8 @@ class Thresholds:
     """99 % quantile, over photos that fit their own folder better than the median, of the fit to the nearest other
     person: only what is nearer looks like somebody else."""
     halves: float
-    """Median log-likelihood ratio of the two halves of a folder of 4 photos or more: two people at or above it look like
-    one. NaN if no folder has 4."""
+    """Median excess of the log-likelihood ratio of the two halves of a folder of 4 photos or more over what the model
+    expects: two people at or above it look like one. NaN if no folder has 4."""
     apart: float
     """90 % quantile of the log-likelihood ratio of a cluster of one folder and one of another: the two clusters of one
     folder at or below it look like two people. NaN if no two folders have two clusters."""
@@ -180,7 +183,8 @@ def audit(x: Floats, identity: NDArray[np.integer], *, copy: float) -> Audit:
 
     Cost: O(n·m·d) for n photos of m people with d numbers, which is the nearest person of every photo, and little beside
     it: O(m²·d + n·(n̄ + 1024·NEAREST)·d), n̄ photos of a person. Memory: O(n·NEAREST + m·d) and a tile, beside `x`.
-    10 million photos of 100,000 people with 512 numbers are 10¹⁵ operations: about 20 minutes at one teraflop/s.
+    10 million photos of 100,000 people with 512 numbers are 10¹⁵ operations, 20 minutes at one teraflop/s, and half an hour
+    more to pick the nearest; `x` is 20 GB.
 
     Args:
       x: [n, d] float32 as `centred` gives them.
@@ -228,19 +232,24 @@ def centred(emb: NDArray[np.floating], identity: NDArray[np.integer]) -> tuple[F
         raise ValueError(
             f"of {identity[-1] + 1} people fewer than 2 have two photos: labels are judged by a person's other photos."
         )
-    unit = directions(emb, np.zeros(emb.shape[1], np.float32))
-    sums, count = person_sums(unit, identity)
+    x = directions(emb, np.zeros(emb.shape[1], np.float32))
+    sums, count = person_sums(x, identity)
     middle = (sums / count[:, None]).mean(axis=0).astype(np.float32)
-    return directions(unit, middle), middle
+    return directions(x, middle, out=x), middle
 
 
-def directions(emb: NDArray[np.floating], middle: Floats) -> Floats:
+def directions(emb: NDArray[np.floating], middle: Floats, out: Floats | None = None) -> Floats:
     """[n, d] float32 unit vectors: embeddings of unit length, minus `middle`, scaled to unit length again.
+
+    Args:
+      emb: [n, d].
+      middle: [d].
+      out: where to write, such as `emb` itself; a new array when not given.
 
     Raises:
       ValueError: an embedding that is not finite, or has no direction.
     """
-    x = np.empty(emb.shape, np.float32)
+    x = np.empty(emb.shape, np.float32) if out is None else out
     for start in range(0, len(emb), COLUMNS):
         rows = emb[start : start + COLUMNS].astype(np.float64)
         length = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -338,10 +347,10 @@ def label_errors(
     The margin is the fit to the nearest other person minus that to the own folder without the photo itself. With m people
     the nearest of them is near by chance, so a margin above 0 alone says little. A photo is listed if
 
-    - it looks like somebody else: it fits its folder worse than 95 % of all photos do, and fits another person better than
-      99 % of the photos beyond doubt fit theirs, and better than its own folder; or
     - it looks like nobody of its folder: its cosine to the other photos' centroid is no more than nine tenths of all photos
-      have to a random stranger's.
+      have to a random stranger's; or
+    - it looks like somebody else: that, or it fits its folder worse than 95 % of all photos do; and it fits another person
+      better than 99 % of the photos beyond doubt fit any other, and better than its own folder.
 
     Args:
       x: [n, d] unit length.
@@ -377,8 +386,12 @@ def label_errors(
     }
 
     margin = near_fit[judged, 0] - own[judged]
-    somebody = (own[judged] < levels["own_low"]) & (near_fit[judged, 0] > levels["nearest_high"]) & (margin > 0)
-    listed = np.flatnonzero(somebody | (own_cosine[judged] <= levels["stranger"]))
+    nobody = own_cosine[judged] <= levels["stranger"]
+    # Of many wrong labels, most fit their folders no worse than 95 % of all photos do: then they are among those 5 %.
+    somebody = (
+        (nobody | (own[judged] < levels["own_low"])) & (near_fit[judged, 0] > levels["nearest_high"]) & (margin > 0)
+    )
+    listed = np.flatnonzero(somebody | nobody)
     listed = listed[np.argsort(-margin[listed], kind="stable")]
     photo = judged[listed]
     person, other = identity[photo].astype(np.int64), near[photo, 0]
@@ -409,21 +422,24 @@ def split_people(
 ) -> tuple[SplitPeople, float]:
     """Pairs of people who look like one.  O(m²·d), in tiles [rows, columns].
 
-    The level is what one person's photos reach: the median, over folders of 4 photos or more, of the log-likelihood ratio
-    of every second photo of a folder and the others of it.
+    They are ranked by the log-likelihood ratio. How high that can be depends on how many photos there are, so the level is
+    one of its excess over what one person's photos of those numbers have on average under the model: the median, over
+    folders of 4 photos or more, of the excess of every second photo of a folder and the others of it.
 
     Returns:
-      (pairs at or above the level, among the k most alike of every person; the level, NaN if no folder has 4 photos).
+      (pairs with a ratio above 0 and an excess at or above the level, among the k most alike of every person; the level,
+      NaN if no folder has 4 photos).
     """
-    sums, count = person_sums(x, identity)
-    place = np.arange(len(x)) - (np.cumsum(count) - count)[identity]
+    whole, photos = person_sums(x, identity)
+    sums, count = _capped(whole, photos)
+    place = np.arange(len(x)) - (np.cumsum(photos) - photos)[identity]
     odd, n_odd = person_sums(x, identity, weight=place % 2)
-    halved = count >= 4
+    halved = photos >= 4
     level = math.nan
     if halved.any():
-        odd, n_odd = odd[halved], n_odd[halved]
-        even, n_even = sums[halved] - odd, (count[halved] - n_odd)
-        level = float(np.median(_ratio(odd, n_odd, even, n_even, rho)))
+        even, n_even = _capped(whole[halved] - odd[halved], photos[halved] - n_odd[halved])
+        odd, n_odd = _capped(odd[halved], n_odd[halved])
+        level = float(np.median(_ratio(odd, n_odd, even, n_even, rho) - _expected(n_odd, n_even, rho)))
 
     people = np.full((len(count), k), -1, np.int64)
     scores = np.full((len(count), k), -np.inf, np.float32)
@@ -436,9 +452,11 @@ def split_people(
             tile[itself - top, itself - left] = -np.inf
             _keep_best(tile, left, people[one], scores[one])
 
-    person, rank = np.nonzero(scores >= (np.inf if math.isnan(level) else level))
+    person, rank = np.nonzero(scores > 0)
     first, second = _unordered(person, people[person, rank], len(count))
-    score = _ratio(sums[first], count[first], sums[second], count[second], rho).astype(np.float32)
+    ratio = _ratio(sums[first], count[first], sums[second], count[second], rho)
+    kept = ratio - _expected(count[first], count[second], rho) >= (np.inf if math.isnan(level) else level)
+    first, second, score = first[kept], second[kept], ratio[kept].astype(np.float32)
     order = np.lexsort((second, first, -score))
     first, second = first[order], second[order]
     pairs = SplitPeople(
@@ -469,9 +487,10 @@ def merged_people(x: Floats, identity: NDArray[np.integer], *, rho: float) -> tu
     a, n_a = sums[able] - b, count[able] - n_b
     level = math.nan
     listed = np.zeros(0, np.int64)
-    score = _ratio(a, n_a, b, n_b, rho)
+    (few_a, k_a), (few_b, k_b) = _capped(a, n_a), _capped(b, n_b)
+    score = _ratio(few_a, k_a, few_b, k_b, rho)
     if len(able) > 1:
-        level = float(np.quantile(_ratio(a, n_a, np.roll(b, 1, axis=0), np.roll(n_b, 1), rho), 0.9))
+        level = float(np.quantile(_ratio(few_a, k_a, np.roll(few_b, 1, axis=0), np.roll(k_b, 1), rho), 0.9))
         several = count > 1
         loose = np.quantile(_inner(sums[several], count[several]), 0.25)
         listed = np.flatnonzero((score <= level) & (_inner(a, n_a) >= loose) & (_inner(b, n_b) >= loose))
@@ -496,7 +515,7 @@ def near_duplicates(
     """Pairs of photos with nearly equal embeddings.
 
     Of every photo the nearest one of its own folder and the nearest one of the people in `near` are looked at: of c copies
-    of a photo some c - 1 pairs are found, not all c². A copy in another folder pulls that folder's centroid to it, and
+    of a photo c/2 to c - 1 pairs are found, not all c². A copy in another folder pulls that folder's centroid to it, and
     makes that person one of the nearest, unless the folder is large and of somebody else.
 
     Cost: O(n·(n̄ + k·tile)·d); memory O(n + tile²).
@@ -581,6 +600,18 @@ def _fit(
     spread = 1 + 1 / known
     distance = 1 - 2 * dot / known + square / known**2
     return -0.5 * (distance / spread + (1 - rho) * np.log(spread))
+
+
+def _capped(sums: NDArray[np.float64], n: NDArray[np.integer]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Sums of n photos as if they were of MOST_COUNTED at most, with the same mean, and how many they are then."""
+    k = np.minimum(n, MOST_COUNTED).astype(np.int64)
+    return sums * (k / np.maximum(n, 1))[:, None], k
+
+
+def _expected(n_a: NDArray[np.integer], n_b: NDArray[np.integer], rho: float) -> NDArray[np.float64]:
+    """The mean of `_ratio` over one person's photos: both of its squares are then as large as their variances."""
+    given, without = (1 - rho) * (1 / (n_a + _lambda(rho)) + 1 / n_b), rho + (1 - rho) / n_b
+    return 0.5 * (np.log(without) - np.log(given))
 
 
 def ratios(
@@ -709,6 +740,7 @@ def _best_in_group(
         for left in range(ends[group[0]] - count[group[0]], ends[group[-1]], tile):
             right = min(left + tile, ends[group[-1]])
             cosines = probes @ x[left:right].T
+            _rounded(cosines)
             cosines[identity[left:right] != group[:, None]] = -np.inf
             inside = np.flatnonzero((part >= left) & (part < right))
             cosines[inside, part[inside] - left] = -np.inf

@@ -99,6 +99,12 @@ class Checkpoints:
           ValueError: if the sources' fingerprints differ.
         """
         stored = self.data
+        if stored["fingerprint"] != data["fingerprint"] and (stored.get("excluded") or data.get("excluded")):
+            raise ValueError(
+                f"{run} was trained on {stored['photos']:,} photos with {stored.get('excluded', 0):,} left out, and now "
+                f"would be on {data['photos']:,} with {data.get('excluded', 0):,} left out, or others. Give --data.exclude "
+                "the file that it was begun with, or start afresh with another --run-dir."
+            )
         if stored["fingerprint"] != data["fingerprint"]:
             raise ValueError(
                 f"{data['source']} is not what {run} was trained on: {stored['people']:,} training people with "

@@ -199,6 +199,7 @@ def begun(run, experiment):
     """A run directory with a first step."""
     report.write_text(run / "config.json", config.to_json(experiment))
     fake_step(run, 1, 0.5)
+    (run / "checkpoints" / "1" / "train").mkdir()
 
 
 def test_every_field_that_differs_is_named(tmp_path):
@@ -243,7 +244,7 @@ def changed(name, value):
         "precision": "float64", "data.source": "lfw", "data.data_dir": "/elsewhere", "preprocess.colour": "bgr",
         "preprocess.flip": "none", "encoder.widths": (4, 9), "encoder.blocks": (1, 2), "augment.flip": False,
         "loss.miner": "all", "loss.last_miner": "hardest", "init": "dlib", "freeze": ("stem*",),
-        "layer_rates": ("stem*=0.1",), "preprocess.template": "dlib",
+        "layer_rates": ("stem*=0.1",), "preprocess.template": "dlib", "data.exclude": "exclude.txt",
     }  # fmt: skip
     if name in choices:
         return choices[name]
@@ -262,7 +263,15 @@ def test_only_saving_logging_and_places_may_change(tmp_path, loss):
     experiment = dataclasses.replace(TINY, loss=loss)
     begun(tmp_path, experiment)
     checkpoint.check_same(tmp_path, experiment)
-    free = {"data.data_dir", "data.memory_gb", "checkpoint.every", "checkpoint.log", "checkpoint.keep_best"}
+    # What an exclude file names is part of the photos' fingerprint; where it lies is not.
+    free = {
+        "data.data_dir",
+        "data.memory_gb",
+        "data.exclude",
+        "checkpoint.every",
+        "checkpoint.log",
+        "checkpoint.keep_best",
+    }
     met = set()
     for name, value in leaves(experiment):
         if name == "preprocess.template":  # has one value
@@ -284,7 +293,7 @@ def test_before_the_first_step_is_saved_anything_may_change(tmp_path):
     report.write_text(tmp_path / "config.json", config.to_json(TINY))
     fake_step(tmp_path, "1.orbax-checkpoint-tmp", 0.5)
     checkpoint.check_same(tmp_path, other)
-    fake_step(tmp_path, 1, 0.5)
+    (fake_step(tmp_path, 1, 0.5) / "train").mkdir()
     with pytest.raises(ValueError, match="steps: 9 there, 10 now"):
         checkpoint.check_same(tmp_path, other)
 

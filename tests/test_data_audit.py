@@ -1,6 +1,7 @@
 """`launch.py data audit` on photos that can be told by their pixels, and `train --data.exclude` that uses what it wrote."""
 
 import csv
+import dataclasses
 import json
 import typing
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from faceembed.cli import audit as command
 from faceembed.cli import data as cli
 from faceembed.data import sources
 from faceembed.preprocess import Preprocess
@@ -151,10 +153,120 @@ def test_a_network_that_learned_from_these_labels_is_told(audit, monkeypatch):
     assert "was trained on 9 of these 60 people" in report["warnings"][0]
 
 
+def test_embeddings_alone_make_no_copies(audit, album, tmp_path):
+    """Two photos with one embedding and other pixels are no copies; more pairs than are looked at are counted."""
+    photos = sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")
+    emb = Pixels()(np.stack([np.asarray(Image.fromarray(photos.read(i)).resize((64, 64))) for i in range(len(photos))]))
+    emb[photos.keys == "p33/1"] = emb[photos.keys == "p44/0"]
+    np.savez(tmp_path / "e.npz", embedding=emb, key=photos.keys)
+    report = audit("--embeddings", str(tmp_path / "e.npz"))
+    assert report["measured"]["copy_candidates"] >= 3
+    assert [row["photo"] for row in of_kind(report, "copy in one folder")] == ["p10/0"]
+    assert [row["photo"] for row in of_kind(report, "copy in two folders")] == ["p20/0"]
+    report = audit("--embeddings", str(tmp_path / "e.npz"), "--pairs", "1")
+    assert "more pairs have nearly equal embeddings" in report["warnings"][0]
+    emb[7] = np.nan
+    np.savez(tmp_path / "e.npz", embedding=emb, key=photos.keys)
+    with pytest.raises(ValueError, match=f"the embedding of {photos.keys[7]} is 0 or not finite"):
+        audit("--embeddings", str(tmp_path / "e.npz"))
+
+
+def test_a_list_that_was_edited_stays(audit, tmp_path, capsys):
+    report = audit()
+    file = tmp_path / "out" / "exclude.txt"
+    audit()
+    assert not (tmp_path / "out" / "exclude.new.txt").exists()
+    file.write_text("p07/4\n")
+    assert "is left as it is" in audit()["warnings"][0]
+    assert file.read_text() == "p07/4\n"
+    assert (tmp_path / "out" / "exclude.new.txt").read_text().splitlines() == report["exclude"]
+
+
+def made_up(keys, identity, people, **found):
+    """An audit with the findings given and no others."""
+    from faceembed import audit as maths
+
+    none, numbers = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    fields = {
+        "label_errors": maths.LabelErrors(
+            photo=none, person=none, looks_like=none, own=numbers, other=numbers, margin=numbers,
+            somebody=none.astype(bool), sure=none.astype(bool),
+        ),
+        "splits": maths.SplitPeople(first=none, second=none, cosine=numbers, score=numbers),
+        "merges": maths.MergedPeople(person=none, size=np.zeros((0, 2), np.int64), cosine=numbers, score=numbers,
+                                     side=np.full(len(keys), -1, np.int8)),
+        "duplicates": maths.Duplicates(first=none, second=none, cosine=numbers, across=none.astype(bool)),
+        "thresholds": None,
+    }  # fmt: skip
+    photos = sources.Photos(
+        source="folder:/x", keys=np.array(keys), identity=np.array(identity, np.int32), people=np.array(people),
+        read=lambda index: np.zeros((8, 8, 3), np.uint8), square=None, problems=(), fingerprint="f",
+    )  # fmt: skip
+    return maths.Audit(**(fields | found)), photos
+
+
+def copies_of(*pairs, identity):
+    first, second = np.array(pairs, np.int64).T
+    return command.Copies(
+        first=first, second=second, alike=np.ones(len(first), np.float32), mirrored=np.zeros(len(first), bool),
+        across=np.array(identity)[first] != np.array(identity)[second], unseen=0,
+    )  # fmt: skip
+
+
+def test_of_copies_all_but_one_are_left_out_however_they_are_linked():
+    identity = [0] * 8 + [1] * 2
+    found, _ = made_up([f"k{i}" for i in range(10)], identity, ["a", "b"])
+    # A star around photo 3, a chain 5-6-7, and one copy in another folder, which a person has to decide about.
+    copies = copies_of((0, 3), (1, 3), (2, 3), (6, 7), (5, 6), (4, 8), identity=identity)
+    assert command.excluded(found, copies).tolist() == [1, 2, 3, 6, 7]
+
+
+def test_folders_of_two_are_shown_once_share_a_rank_and_stay():
+    from faceembed import audit as maths
+
+    identity = [0, 0, 1, 1, 1, 2, 2]
+    errors = maths.LabelErrors(
+        photo=np.array([0, 3, 5, 1]), person=np.array([0, 1, 2, 0]), looks_like=np.array([1, 2, 0, 1]),
+        own=np.zeros(4, np.float32), other=np.ones(4, np.float32), margin=np.array([4, 3, 2, 1], np.float32),
+        somebody=np.array([True, True, False, True]), sure=np.array([False, True, False, False]),
+    )  # fmt: skip
+    found, photos = made_up([f"k{i}" for i in range(7)], identity, ["a", "b", "c"], label_errors=errors)
+    nothing = copies_of((0, 1), identity=identity)
+    nothing = dataclasses.replace(
+        nothing, first=nothing.first[:0], second=nothing.second[:0], alike=nothing.alike[:0],
+        mirrored=nothing.mirrored[:0], across=nothing.across[:0],
+    )  # fmt: skip
+    rows = list(command.findings(found, nothing, photos))
+    assert [(row["kind"], row["rank"], row["photo"]) for row in rows] == [
+        ("looks like somebody else", 1, "k3"), (command.PAIRS, 1, "k0"), (command.PAIRS, 2, "k5"), (command.PAIRS, 1, "k1"),
+    ]  # fmt: skip
+    part = next(
+        part for part in command.parts_of(found, nothing, photos, 9) if part.which == "two-photos-not-one-person"
+    )
+    assert (part.total, [case.title for case in part.cases]) == (2, ["k0", "k5"])
+    assert command.excluded(found, nothing).tolist() == [3]
+
+
+def test_of_a_folder_of_two_people_the_smaller_cluster_is_named():
+    from faceembed import audit as maths
+
+    identity = [0] * 6
+    side = np.array([0, 0, 1, 1, 1, 1], np.int8)
+    merges = maths.MergedPeople(person=np.array([0]), size=np.array([[2, 4]]), cosine=np.zeros(1, np.float32),
+                                score=np.zeros(1, np.float32), side=side)  # fmt: skip
+    found, _ = made_up([f"k{i}" for i in range(6)], identity, ["a"], merges=merges)
+    assert command.smaller_cluster(found.merges, np.array(identity), 0).tolist() == [0, 1]
+    swapped = dataclasses.replace(merges, size=np.array([[4, 2]]), side=1 - side)
+    assert command.smaller_cluster(swapped, np.array(identity), 0).tolist() == [0, 1]
+    even = dataclasses.replace(merges, size=np.array([[3, 3]]), side=np.array([0, 0, 0, 1, 1, 1], np.int8))
+    assert command.smaller_cluster(even, np.array(identity), 0).tolist() == [3, 4, 5]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--shown", "0"), "--shown is 0"),
+        (("--pairs", "-1"), "--pairs is -1"),
         (("--batch", "0"), "--batch is 0"),
         (("--out", "/dev/null"), "is a file"),
         (("--out", "/dev/null/audit"), "cannot be written"),
@@ -163,6 +275,14 @@ def test_a_network_that_learned_from_these_labels_is_told(audit, monkeypatch):
 def test_flags_that_cannot_be_are_told_at_once(audit, flags, message):
     with pytest.raises(ValueError, match=message):
         audit(*flags)
+
+
+def test_its_folder_is_not_among_the_photos(album, tmp_path):
+    with pytest.raises(ValueError, match="it would be taken for a person"):
+        cli.run(["audit", f"folder:{album}", "--out", str(album / "audit")])
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        cli.run(["audit", "folder:/nowhere", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_synthetic_photos_have_no_label_errors(tmp_path):
@@ -178,16 +298,21 @@ def test_a_file_of_keys_is_read_and_faults_are_told(album, tmp_path):
     photos = sources.open_source(f"folder:{album}", data_dir=tmp_path)
     file = tmp_path / "exclude.txt"
     file.write_text("p03/1\n\np01/4\r\np03/1\n")
-    named = sources.read_keys(file, photos)
+    named = sources.named(sources.read_keys(file), photos, file)
     assert photos.keys[named].tolist() == ["p01/4", "p03/1"]
+    file.write_bytes("\ufeffp02/2\n".encode())  # as editors on Windows begin a file
+    assert photos.keys[sources.named(sources.read_keys(file), photos, file)].tolist() == ["p02/2"]
+    odd = dataclasses.replace(photos, keys=np.array(["a\rb", *photos.keys[1:]]))
+    file.write_bytes(b"a\rb\r\n")
+    assert sources.named(sources.read_keys(file), odd, file)[0]
     file.write_text("p03/1\np03/9\nelse\n")
     with pytest.raises(ValueError, match="2 lines are no photos of folder:.*first line 2: 'p03/9'"):
-        sources.read_keys(file, photos)
+        sources.named(sources.read_keys(file), photos, file)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="does not read as text"):
-        sources.read_keys(file, photos)
-    with pytest.raises(FileNotFoundError, match="data audit folder:"):
-        sources.read_keys(tmp_path / "none", photos)
+        sources.read_keys(file)
+    with pytest.raises(FileNotFoundError, match="data audit SOURCE"):
+        sources.read_keys(tmp_path / "none")
 
 
 def test_photos_left_out_are_not_trained_on_and_held_out_people_keep_theirs(noise_photos, tmp_path, monkeypatch):
@@ -216,7 +341,18 @@ def test_photos_left_out_are_not_trained_on_and_held_out_people_keep_theirs(nois
     assert sampled == [(part == "train").sum() - 3]
     assert embed.load(tmp_path / "run").data["photos"] == (part == "train").sum() - 3
     assert results["all_pairs"]["n_images"] == (part == "report").sum()
-    # Another list is another training: the run does not go on with it.
+    # Another list, or none, is another training: the run does not go on with it, and its record stays.
+    record = (tmp_path / "run" / "config.json").read_bytes()
     file.write_text(f"{photos.keys[chosen[0]]}\n")
-    with pytest.raises(ValueError, match="is not what .* was trained on"):
-        loop.train(experiment, tmp_path / "run", devices=1, progress=False)
+    for other in (experiment, dataclasses.replace(experiment, data=config.Data())):
+        with pytest.raises(ValueError, match=r"with 3 left out, and now .* Give --data\.exclude the file"):
+            loop.train(other, tmp_path / "run", devices=1, progress=False)
+    assert (tmp_path / "run" / "config.json").read_bytes() == record
+    # A list that names nobody who is trained on changes nothing.
+    held_out = part != "train"
+    assert loop.leave_out(held_out, photos, sources.select(photos, ~held_out))[1] == photos.fingerprint
+    # A file that is not there is told before photos are read.
+    file.unlink()
+    monkeypatch.setattr(loop, "open_data", lambda *_, **__: pytest.fail("photos were read"))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        loop.train(experiment, tmp_path / "other", devices=1, progress=False)

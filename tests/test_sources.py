@@ -158,6 +158,7 @@ class FakeEmbedder:
 
     path = Path("runs/fake/checkpoints/000001")
     size = 32
+    fingerprint = "a" * 64
     data: typing.ClassVar = {}
     preprocess = config.Preprocess(size=32)
     config = config.Experiment(seed=7, data=config.Data(source="synthetic", people=5, photos=3))

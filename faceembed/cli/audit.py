@@ -26,8 +26,8 @@ SIDE = 32
 SAMPLE = 128
 """Photos that are degraded to measure what copies look like."""
 
-LOOKED_AT = 4000
-"""Pairs with nearly equal embeddings whose pixels are compared, the nearest first."""
+CHUNK = 1024
+"""Pairs whose photos are decoded at once."""
 
 BESIDE = 4
 """Photos of a folder that are shown beside a doubtful one."""
@@ -38,7 +38,8 @@ class Options:
     """Ranks probable label errors and copies by embedding, for a person to look at; nothing is changed.
 
     OUT/audit.html shows them, the surest first; OUT/audit.csv lists all; OUT/exclude.txt names photos that a training can
-    do without, for `train --data.exclude OUT/exclude.txt`: look first, and take out lines that are wrong.
+    do without, for `train --data.exclude OUT/exclude.txt`: look first, and take out lines that are wrong. A file of that
+    name that is there already is left as it is.
     """
 
     name: Annotated[str, tyro.conf.Positional]
@@ -51,6 +52,8 @@ class Options:
     """The folder to write."""
     shown: int = 40
     """Findings of each kind on the page."""
+    pairs: int = 10_000
+    """Pairs with nearly equal embeddings whose photos are read and compared by pixels, the nearest first."""
     framing: Literal["celeba", "lfw"] | None = None
     """folder:PATH: the photos are framed like CelebA's aligned ones or like deep-funneled LFW, at any size. When not
     given, they are cropped tightly already: the largest centred square is taken."""
@@ -72,12 +75,20 @@ def run(options: Options) -> None:
     """
     if options.shown < 1:
         raise ValueError(f"--shown is {options.shown}: a page shows at least one finding. Try --shown 40.")
+    if options.pairs < 0:
+        raise ValueError(f"--pairs is {options.pairs}: 0 compares no pixels, more finds copies. Try --pairs 10000.")
     if options.batch < 1:
         raise ValueError(f"--batch is {options.batch}: at least one photo at once. Try --batch 256.")
     if options.name == "synthetic":
         raise ValueError("synthetic has no label errors: its photos are drawn. Try folder:PATH.")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out is {options.out}, which is a file: name a folder.")
+    kind, _, root = options.name.partition(":")
+    if kind == "folder" and options.out.resolve().is_relative_to(Path(root).expanduser().resolve()):
+        raise ValueError(f"--out is {options.out}, which lies in {root}: it would be taken for a person. Name another.")
+    from faceembed.data import sources
+
+    photos = sources.open_source(options.name, data_dir=options.data_dir, progress=options.progress)
     try:  # told now, and not after a large source has been embedded
         options.out.mkdir(parents=True, exist_ok=True)
         writable = os.access(options.out, os.W_OK)
@@ -85,9 +96,6 @@ def run(options: Options) -> None:
         writable = False
     if not writable:
         raise ValueError(f"--out is {options.out}: files cannot be written there. Name a folder of yours.")
-    from faceembed.data import sources
-
-    photos = sources.open_source(options.name, data_dir=options.data_dir, progress=options.progress)
     if options.framing:
         photos = sources.framed(photos, options.framing)
     for line in sources.problem_lines(photos):
@@ -97,16 +105,17 @@ def run(options: Options) -> None:
 
     embedder = load(options.checkpoint)
     photos = crops.framed_for(photos, embedder.preprocess)
-    if options.embeddings:
-        emb = pairs.read_embeddings(options.embeddings, photos, checkpoint=embedder.fingerprint)
-    else:
+
+    def embeddings() -> "NDArray[np.floating]":
+        if options.embeddings:
+            return pairs.read_embeddings(options.embeddings, photos, checkpoint=embedder.fingerprint)
         from faceembed import evaluate
 
-        emb, _ = evaluate.embed_photos(embedder, photos, batch=options.batch, progress=options.progress)
-    found, copies, content = examine(embedder, photos, emb, batch=options.batch)
-    rows = list(findings(found, copies, photos))
-    left_out = excluded(found, copies)
-    write(options, photos, embedder, found, copies, rows, left_out, content)
+        return evaluate.embed_photos(embedder, photos, batch=options.batch, progress=options.progress)[0]
+
+    # Handed on without a name here, so that they can be let go as soon as their directions are known.
+    found, copies, measured = examine(embedder, photos, embeddings(), batch=options.batch, most=options.pairs)
+    write(options, photos, embedder, found, copies, measured)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,12 +134,17 @@ class Copies:
 
 
 def examine(
-    embedder: "Embedder", photos: "Photos", emb: "NDArray[np.floating]", *, batch: int = 256
+    embedder: "Embedder", photos: "Photos", emb: "NDArray[np.floating]", *, batch: int = 256, most: int = 10_000
 ) -> "tuple[audit.Audit, Copies, dict[str, float]]":
     """Audits embeddings, and compares the pixels of photos whose embeddings are nearly equal.
 
     What copies look like is measured: some photos are made smaller, compressed and cropped anew, and the level lies where
     19 of 20 of them pass.
+
+    Args:
+      emb: [n, d] of the photos.
+      batch: photos at once on the device.
+      most: pairs whose pixels are compared.
 
     Returns:
       (what embeddings tell, copies, what was measured: name → value).
@@ -140,7 +154,14 @@ def examine(
     """
     from faceembed import audit
 
+    wrong = np.flatnonzero(~np.isfinite(emb).all(axis=1) | ~emb.any(axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"the embedding of {photos.keys[wrong[0]]} is 0 or not finite, as are {len(wrong) - 1} more: embed the photos "
+            "again, or leave them out."
+        )
     x, middle = audit.centred(emb, photos.identity)
+    del emb
     sample = np.unique(np.linspace(0, len(photos) - 1, SAMPLE).round().astype(np.int64))
     crops = crops_of(embedder, photos, sample)
     worse = np.stack([degraded(crop) for crop in crops])
@@ -149,18 +170,22 @@ def examine(
     level = float(np.quantile(np.einsum("nd,nd->n", one, other), 0.05))
     small, small_worse = shrunk(crops), shrunk(worse)
     alike, _ = audit.correlation(small, small_worse)
-    others, _ = audit.correlation(small, np.roll(small, 1, axis=0))
+    # Neighbours of the sample may be photos of one person, and then copies.
+    shift = len(sample) // 2
+    strangers = photos.identity[sample] != np.roll(photos.identity[sample], shift)
+    others, _ = audit.correlation(small[strangers], np.roll(small, shift, axis=0)[strangers])
     # 19 of 20 such copies pass, and no more than one in a hundred pairs of different photographs.
     pixels = float(max(np.quantile(alike, 0.05), np.quantile(others, 0.99)))
 
     found = audit.audit(x, photos.identity, copy=min(max(level, 0.0), 1.0))
     pairs = found.duplicates
-    first, second = pairs.first[:LOOKED_AT], pairs.second[:LOOKED_AT]
-    used, place = np.unique(np.concatenate([first, second]), return_inverse=True)
-    value, mirrored = np.zeros(0, np.float32), np.zeros(0, bool)
-    if len(first):
+    first, second = pairs.first[:most], pairs.second[:most]
+    value, mirrored = np.zeros(len(first), np.float32), np.zeros(len(first), bool)
+    for start in range(0, len(first), CHUNK):
+        part = slice(start, start + CHUNK)
+        used, place = np.unique(np.concatenate([first[part], second[part]]), return_inverse=True)
         tiny = shrunk(crops_of(embedder, photos, used))
-        value, mirrored = audit.correlation(tiny[place[: len(first)]], tiny[place[len(first) :]])
+        value[part], mirrored[part] = audit.correlation(*np.split(tiny[place], 2))
     kept = np.flatnonzero(value >= pixels)
     kept = kept[np.argsort(-value[kept], kind="stable")]
     copies = Copies(
@@ -168,7 +193,7 @@ def examine(
         second=second[kept],
         alike=value[kept],
         mirrored=mirrored[kept],
-        across=pairs.across[:LOOKED_AT][kept],
+        across=pairs.across[:most][kept],
         unseen=len(pairs) - len(first),
     )
     measured = {field.name: getattr(found.thresholds, field.name) for field in dataclasses.fields(found.thresholds)}
@@ -212,7 +237,10 @@ def findings(found: "audit.Audit", copies: Copies, photos: "Photos") -> Iterator
     keys, people = photos.keys, photos.people
     errors, splits, merges = found.label_errors, found.splits, found.merges
     for kind, chosen in by_kind(errors):
-        for rank, i in enumerate(chosen, start=1):
+        # Both photos of a folder of two share a rank: either may be the wrong one.
+        _, first, folder = np.unique(errors.person[chosen], return_index=True, return_inverse=True)
+        ranks = np.argsort(np.argsort(first))[folder] if kind == PAIRS else np.arange(len(chosen))
+        for rank, i in zip((ranks + 1).tolist(), chosen, strict=True):
             yield {
                 "kind": kind, "rank": rank, "score": float(errors.margin[i]), "photo": str(keys[errors.photo[i]]),
                 "person": str(people[errors.person[i]]), "other_photo": "",
@@ -247,7 +275,7 @@ def by_kind(errors: "audit.LabelErrors") -> "list[tuple[str, NDArray[np.int64]]]
     return [
         ("looks like somebody else", np.flatnonzero(errors.sure & errors.somebody)),
         ("like nobody in its folder", np.flatnonzero(errors.sure & ~errors.somebody)),
-        ("two photos, not one person", np.flatnonzero(~errors.sure)),
+        (PAIRS, np.flatnonzero(~errors.sure)),
     ]
 
 
@@ -257,13 +285,25 @@ def smaller_cluster(merges: "audit.MergedPeople", identity: "NDArray[np.integer]
     return np.flatnonzero((identity == merges.person[i]) & (merges.side == which))
 
 
+PAIRS = "two photos, not one person"
+
+
 def excluded(found: "audit.Audit", copies: Copies) -> "NDArray[np.int64]":
     """Photos that a training can do without, ascending: those in the wrong folder, and of copies in one folder all but one.
 
-    What needs a person's decision is left in: folders of two photos, people in two folders, two in one, copies in two.
+    Of each group of photos that are linked as copies the first stays. What needs a person's decision is left in: folders of
+    two photos, people in two folders, two in one, copies in two.
     """
+    from scipy.sparse import coo_array, csgraph
+
     errors = found.label_errors
-    return np.unique(np.concatenate([errors.photo[errors.sure], copies.second[~copies.across]]))
+    one, other = copies.first[~copies.across], copies.second[~copies.across]
+    photos, place = np.unique(np.concatenate([one, other]), return_inverse=True)
+    a, b = np.split(place, 2)
+    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(len(photos),) * 2)
+    _, group = csgraph.connected_components(graph, directed=False)
+    _, first = np.unique(group, return_index=True)
+    return np.unique(np.concatenate([errors.photo[errors.sure], np.delete(photos, first)]))
 
 
 def write(
@@ -272,13 +312,14 @@ def write(
     embedder: "Embedder",
     found: "audit.Audit",
     copies: Copies,
-    rows: list[dict[str, Any]],
-    left_out: "NDArray[np.int64]",
     measured: dict[str, float],
 ) -> None:
     """The files and the lines on the terminal."""
     from faceembed import audit_page, evaluate, report
 
+    rows = list(findings(found, copies, photos))
+    keys = [str(photos.keys[photo]) for photo in excluded(found, copies)]
+    names = [key for key in keys if "\n" not in key]
     parts = parts_of(found, copies, photos, options.shown)
     drawn = sorted({photo for part in parts for case in part.cases for group in case.groups for photo in group.photos})
     pictures = crops_of(embedder, photos, np.array(drawn, np.int64)) if drawn else ()
@@ -290,10 +331,21 @@ def write(
             "labels: it fits the errors that it was trained on, and shows fewer. Audit with another, such as dlib."
         )
     if copies.unseen:
-        warnings.append(f"{copies.unseen:,} more pairs have nearly equal embeddings; their pixels were not compared.")
+        warnings.append(
+            f"{copies.unseen:,} more pairs have nearly equal embeddings; their pixels were not compared, and copies among "
+            f"them are not listed. Try --pairs {options.pairs + copies.unseen}."
+        )
+    if len(names) < len(keys):
+        warnings.append(f"{len(keys) - len(names):,} photos have line breaks in their names and cannot be excluded.")
     audited = f"{len(photos):,} photos of {len(photos.people):,} people, by the embeddings of {options.checkpoint}."
     if photos.tally and not options.embeddings:
-        audited += f" {str(photos.tally).capitalize()}."
+        told = str(photos.tally)
+        audited += f" {told[0].upper()}{told[1:]}."
+    target = options.out / "exclude.txt"
+    text = "".join(f"{name}\n" for name in names)
+    if target.exists() and target.read_bytes() != text.encode():
+        target = options.out / "exclude.new.txt"
+        warnings.append(f"{options.out / 'exclude.txt'} was there and is left as it is; {target} is today's.")
     command = "python launch.py " + " ".join(map(shlex.quote, sys.argv[1:]))
     shown = audit_page.AuditPage(
         title=photos.source,
@@ -305,8 +357,8 @@ def write(
         facts={name.replace("_", " "): f"{value:.4g}" for name, value in measured.items()},
         commands={
             "Audit again": command,
-            "Train without the surest": f"python launch.py train EXPERIMENT --data.source {photos.source} --data.exclude "
-            f"{options.out / 'exclude.txt'}",
+            "Train without the surest": f"python launch.py train EXPERIMENT --data.source {shlex.quote(photos.source)} "
+            f"--data.exclude {shlex.quote(str(target))}",
         },
     )
     audit_page.write_page(options.out / "audit.html", shown)
@@ -318,8 +370,7 @@ def write(
         {name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()} for row in rows
     )
     report.write_text(options.out / "audit.csv", table.getvalue())
-    names = [str(photos.keys[photo]) for photo in left_out]
-    report.write_text(options.out / "exclude.txt", "".join(f"{name}\n" for name in names if "\n" not in name))
+    report.write_text(target, text)
 
     print(audited)
     for part in parts:
@@ -327,13 +378,14 @@ def write(
     for warning in warnings:
         print(f"warning: {warning}")
     print(
-        f"{options.out / 'audit.html'}: look at it. All findings: {options.out / 'audit.csv'}; {len(left_out):,} photos to "
-        f"train without: {options.out / 'exclude.txt'}"
+        f"{options.out / 'audit.html'}: look at it. All findings: {options.out / 'audit.csv'}; {len(names):,} photos to "
+        f"train without: {target}"
     )
     if options.json:
         content = {
             "source": photos.source, "fingerprint": photos.fingerprint, "photos": len(photos),
             "people": len(photos.people), "checkpoint": str(options.checkpoint), "warnings": warnings, "measured": measured,
+            "alignment": photos.tally.to_dict() if photos.tally and not options.embeddings else None,
             "found": {part.which: part.total for part in parts}, "exclude": names, "findings": rows,
         }  # fmt: skip
         report.write_json(options.json, content)
@@ -364,7 +416,7 @@ def parts_of(found: "audit.Audit", copies: Copies, photos: "Photos", most: int) 
         photo, person, other = int(errors.photo[i]), int(errors.person[i]), int(errors.looks_like[i])
         words = f"margin {errors.margin[i]:+.3f}; cosine to its folder {errors.own[i]:.2f}"
         groups = [Group(caption=str(people[person]), photos=(photo,), suspect=True), folder(person, photo)]
-        if errors.somebody[i]:
+        if errors.margin[i] > 0:  # the nearest other person is a hint, at least
             words += f", to {people[other]} {errors.other[i]:.2f}"
             groups.append(folder(other))
         return Case(title=str(keys[photo]), words=words, groups=tuple(groups))
@@ -373,10 +425,9 @@ def parts_of(found: "audit.Audit", copies: Copies, photos: "Photos", most: int) 
     explained = {
         "looks like somebody else": "The marked photo fits its folder worse than nearly all photos do, and another "
         "person's better. To the left what is doubted, then its folder, then whom it looks like.",
-        "like nobody in its folder": "The marked photo is as far from its folder as a stranger would be. Often a profile, "
-        "a child's photo or a face that was not found; else a wrong label.",
-        "two photos, not one person": "Folders of two photos that show two people by their embeddings: either may be the "
-        "wrong one.",
+        "like nobody in its folder": "The marked photo is as far from its folder as a stranger would be. A wrong label, or "
+        "a profile, a child's photo, a face that was not found. To the right the nearest other person, if that is nearer.",
+        PAIRS: "Folders of two photos that show two people by their embeddings: either may be the wrong one.",
     }
     parts = [
         Part(
@@ -385,7 +436,7 @@ def parts_of(found: "audit.Audit", copies: Copies, photos: "Photos", most: int) 
         )
         for kind, chosen in kinds.items()
     ]  # fmt: skip
-    parts[2] = dataclasses.replace(parts[2], **_one_a_folder(errors, kinds["two photos, not one person"], error, most))
+    parts[2] = dataclasses.replace(parts[2], **_one_a_folder(errors, kinds[PAIRS], error, most))
     parts.append(
         Part(
             which="one-person-in-two-folders", title="One person in two folders", total=len(splits),

@@ -347,9 +347,10 @@ def align_folder(
     with _alone(out) as journal:
         if (out / CARD).exists():
             _check_card(out, card)
-        report.write_json(out / CARD, card)
-        done = {entry["key"]: entry for entry in _journal(out / JOURNAL) if _is_done(entry, out, format)}
+        done = {entry["key"]: entry for entry in _journal(out / JOURNAL, mend=True) if _is_done(entry, out, format)}
         waiting = [index for index in range(len(photos)) if str(photos.keys[index]) not in done]
+        if waiting:  # from here to the end the folder is not whole
+            report.write_json(out / CARD, card)
 
         def one(index: int) -> None:
             entry = _align_one(photos, index, out, aligner, format)
@@ -451,13 +452,13 @@ def _align_one(photos: sources.Photos, index: int, out: Path, aligner: Aligner, 
     return entry
 
 
-def _journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a journal; a last line that a kill cut off is taken off the file."""
+def _journal(path: Path, *, mend: bool = False) -> Iterator[dict[str, Any]]:
+    """The entries of a journal. A last line that a kill cut off does not count; `mend` takes it off the file."""
     if not path.exists():
         return
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
-    if whole < len(data):
+    if mend and whole < len(data):
         with open(path, "r+b") as file:
             file.truncate(whole)
     for number, line in enumerate(data[:whole].splitlines(), start=1):

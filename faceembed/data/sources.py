@@ -132,28 +132,37 @@ def select(photos: Photos, mask: np.ndarray) -> Photos:
     )
 
 
-def read_keys(path: Path | str, photos: Photos) -> np.ndarray:
-    """[n] bool: which photos a file names, a key a line; empty lines do not count.
+def read_keys(path: Path | str) -> list[str]:
+    """The lines of a file that names photos, a key a line; what `named` takes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line is no key of these photos: the first is told with its number.
+      ValueError: it is no text.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
+        # Not as a text file: a name may hold any line break but this one.
+        return Path(path).expanduser().read_bytes().decode("utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"there is no file {path} of photos to leave out. Make it with python launch.py data audit {photos.source}."
+            f"there is no file {path} of photos to leave out. Make it with python launch.py data audit SOURCE."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} does not read as text ({error}): expected a photo's key a line.") from error
+
+
+def named(lines: Sequence[str], photos: Photos, path: Path | str) -> np.ndarray:
+    """[n] bool: which photos the lines of a file name; empty lines do not count.
+
+    Raises:
+      ValueError: a line is no key of these photos: the first is told with its number.
+    """
     place = {str(key): index for index, key in enumerate(photos.keys)}
-    named = np.zeros(len(photos), bool)
+    found = np.zeros(len(photos), bool)
     unknown = []
     for number, line in enumerate(lines, start=1):
-        key = line.removesuffix("\r")
+        key = line if line in place else line.removesuffix("\r")
         if key in place:
-            named[place[key]] = True
+            found[place[key]] = True
         elif key.strip():
             unknown.append((number, key))
     if unknown:
@@ -162,7 +171,7 @@ def read_keys(path: Path | str, photos: Photos) -> np.ndarray:
             f"{path}: {len(unknown):,} lines are no photos of {photos.source}, first line {number}: {key!r}. A key looks "
             f"like {str(photos.keys[0])!r}; was the file made for another source?"
         )
-    return named
+    return found
 
 
 def framed(photos: Photos, framing: str) -> Photos:

@@ -86,6 +86,8 @@ def train(
             f"data.margin is {experiment.data.margin}: photos aligned as they are read are drawn {crops.CANVAS} times as "
             f"large as a crop. Try --data.margin {crops.CANVAS}."
         )
+    exclude = experiment.data.exclude
+    lines = sources.read_keys(exclude) if exclude else []
     with checkpoint.locked(run):
         checkpoint.check_same(run, experiment)
         # A start that does not fit is told before photos are read; a run that goes on asks nothing of it any more.
@@ -98,9 +100,10 @@ def train(
             print(line)
         people_of = evaluate.split_photos(photos)
         learn = people_of["train"]
-        content = photos.fingerprint
-        if experiment.data.exclude:
-            learn, content = leave_out(experiment.data.exclude, photos, learn)
+        everything = len(learn)
+        learn, content = leave_out(sources.named(lines, photos, exclude or ""), photos, learn)
+        if exclude:
+            print(f"{exclude}: {everything - len(learn):,} of {everything:,} photos of training people are left out")
         sampler = sampling.make_sampler(
             learn.identity, people=batch.people, photos=batch.photos, seed=experiment.seed, singletons=batch.singletons
         )
@@ -112,6 +115,7 @@ def train(
             "photos": len(learn),
             "people": len(learn.people),
             "problems": len(photos.problems),
+            "excluded": everything - len(learn),
             "people_hashes": hashes,
         }
 
@@ -135,8 +139,6 @@ def train(
 
         if schedule.warmup >= experiment.steps:
             print(f"note: a warm-up of {schedule.warmup} steps ends with the run; --schedule.warmup 0 turns it off.")
-        # From here on the directory holds a run of this experiment; nothing before has written to it.
-        report.write_text(run / "config.json", config.to_json(experiment))
         with checkpoint.Checkpoints(run, experiment.checkpoint.keep_best) as checkpoints:
             # ---- where an earlier command stopped ------------------------------------------------------------------
             first = checkpoints.latest or 0
@@ -161,6 +163,8 @@ def train(
                     f"--profile {profile[0]}:{profile[1]} does not lie in the updates to come, {first + 1} to "
                     f"{experiment.steps}. Try --profile {first + 10}:{first + 12}."
                 )
+            # From here on the directory holds a run of this experiment; nothing before has written to it.
+            report.write_text(run / "config.json", config.to_json(experiment))
             record_environment(run, mesh)
 
             # ---- the loop ------------------------------------------------------------------------------------------
@@ -296,16 +300,17 @@ def open_data(data: config.Data, *, size: int, seed: int, progress: bool = True)
     return sources.open_source("synthetic", people=data.people, photos=data.photos, seed=seed, size=size)
 
 
-def leave_out(file: str, photos: sources.Photos, learn: sources.Photos) -> tuple[sources.Photos, str]:
-    """Training people without the photos that a file names, and a fingerprint that tells this from training on all.
+def leave_out(named: np.ndarray, photos: sources.Photos, learn: sources.Photos) -> tuple[sources.Photos, str]:
+    """Training people without some photos, and a fingerprint that tells this from training on all of them.
 
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it names photos that the source does not have.
+    Args:
+      named: [n] bool, which of `photos` are left out; those of other people stay.
+      photos: of everybody.
+      learn: of training people.
     """
-    named = photos.keys[sources.read_keys(file, photos)]
-    kept = ~np.isin(learn.keys, named)
-    print(f"{file}: {len(kept) - kept.sum():,} of {len(kept):,} photos of training people are left out")
+    kept = ~np.isin(learn.keys, photos.keys[named])
+    if kept.all():
+        return learn, photos.fingerprint
     return sources.select(learn, kept), sources.fingerprint_of(learn.keys[~kept], learn.people, photos.fingerprint)
 
 
