@@ -165,6 +165,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"cosine {level:.3f}: {STRANGERS} pairs of known strangers are more alike, and {power:.0%} of tested people with "
         "several photos are as alike to themselves"
     )
+    gallery = len(photos["celeba"]), int((~tested[photos["lfw"].identity]).sum())
+    print(
+        f"strangers alone would give {STRANGERS * gallery[0] / gallery[1]:.0f} pairs, were CelebA's photos like LFW's"
+    )
     print(
         f"{len(found)} pairs of {len(photos['celeba'].people):,} people of CelebA and {tested.sum():,} tested people:"
     )

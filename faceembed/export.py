@@ -7,6 +7,7 @@ import jax.export
 import numpy as np
 
 import faceembed
+from faceembed.data.crops import LANDMARKS
 from faceembed.embed import Embedder
 from faceembed.encoders import layers
 
@@ -44,6 +45,8 @@ def export(embedder: Embedder, platform: str) -> tuple[bytes, dict[str, Any]]:
         "input": f"uint8 RGB [b, {side}, {side}, 3]",
         "output": f"{exported.out_avals[0].dtype} [b, {exported.out_avals[0].shape[1]}]",
         "template": pre.template,
+        # Where landmarks lie in the square, which reaches from 0 to 1: enough to cut a crop without this code.
+        "landmarks": {name: places[pre.template] for name, places in LANDMARKS.items() if pre.template in places},
         "fingerprint": embedder.fingerprint,
         "trained_on": {name: embedder.data.get(name) for name in ("source", "people", "photos", "step", "notes")},
         "policy": embedder.policy,

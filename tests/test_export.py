@@ -52,6 +52,7 @@ def test_another_process_computes_the_same(run, tmp_path):
     card = json.loads((tmp_path / "card.json").read_text())
     assert card == json.loads((tmp_path / "encoder.stablehlo.json").read_text())
     assert (card["platform"], card["template"], card["fingerprint"]) == ("cpu", "portrait", embedder.fingerprint)
+    assert np.array(card["landmarks"]["centerface"]).shape == (5, 2)
     assert (card["input"], card["output"]) == ("uint8 RGB [b, 32, 32, 3]", "float32 [b, 8]")
 
 

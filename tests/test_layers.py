@@ -34,7 +34,7 @@ ALLOWED = {
     "checkpoint": {"config", "report", "training.step"},
     "embed": {"checkpoint", "config", "data", "encoders", "preprocess", "verification"},
     "evaluate": {"faceembed", "checkpoint", "data", "embed", "metrics", "page", "report", "verification"},
-    "export": {"faceembed", "embed", "encoders"},
+    "export": {"faceembed", "data", "embed", "encoders"},
     "training.loop": {
         "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "report",
         "training.diagnostics", "training.logs", "training.step", "training.transfer",
