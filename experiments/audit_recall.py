@@ -5,7 +5,7 @@
     python -m experiments.audit_recall lfw.npz
 
 Of the photos of people with three or more, 200 are put into the folder of another person with two or more, drawn at random;
-ten times. LFW's own labels are taken for right, so that its own errors count against the audit.
+ten times. LFW's own labels are taken for right, so that its own errors count against the labels.
 """
 
 import sys
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from faceembed import audit
+from faceembed.audit import labels
 
 DRAWS, MOVED = 10, 200
 
@@ -37,9 +37,9 @@ def main(arguments: Sequence[str]) -> None:
     rows = []
     for seed in range(DRAWS):
         order, people, moved = moved_labels(identity, seed)
-        x, _ = audit.centred(emb[order], people)
-        rho = audit.pair_cosine(x, people)
-        errors, _ = audit.label_errors(x, people, *audit.nearest_people(x, people, rho=rho), rho=rho)
+        x, _ = labels.centred(emb[order], people)
+        rho = labels.pair_cosine(x, people)
+        errors, _ = labels.label_errors(x, people, *labels.nearest_people(x, people, rho=rho), rho=rho)
         hit = moved[errors.photo]
         right = errors.somebody & hit
         same = identity[order][errors.photo]  # whose the photo is, by LFW

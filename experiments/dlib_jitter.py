@@ -43,9 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     photos = crops.framed_for(photos, embedder.preprocess)
     first, second = pair_lists.resolve(listed, photos)
     used, place = np.unique(np.concatenate([first, second]), return_inverse=True)
-    mask = np.zeros(len(photos), bool)
-    mask[used] = True
-    chips = pipeline.decode_all(sources.select(photos, mask), embedder.size)
+    chips = pipeline.decode_all(sources.select(photos, used), embedder.size)
     one, other = np.split(place, 2)
     who = photos.people[photos.identity]
     rows, right = [], []

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from faceembed import audit, audit_page, embed, evaluate, report
+from faceembed import embed, evaluate, report
+from faceembed.audit import labels, page
 from faceembed.data import crops as crop_rules
 from faceembed.data import pairs as pair_lists
 from faceembed.data import pipeline, sources
@@ -67,7 +68,7 @@ def suspects(
     """
     people = len(celeba[0].people)
     owner = np.concatenate([celeba[0].identity, people + lfw[0].identity])
-    x, _ = audit.centred(np.concatenate([celeba[1], lfw[1]]), owner)
+    x, _ = labels.centred(np.concatenate([celeba[1], lfw[1]]), owner)
     is_tested = np.concatenate([np.zeros(people, bool), tested])[owner]
     mine, test = np.flatnonzero(owner < people), np.flatnonzero(is_tested)
     rest = np.flatnonzero(~is_tested & (owner >= people))
@@ -92,32 +93,31 @@ def show(
     """The page: a suspect a row, CelebA's photos beside LFW's, as `embedder`'s network sees them."""
     parts = {"celeba": celeba, "lfw": lfw}
     crops: dict[int, np.ndarray] = {}
-    groups: list[list[audit_page.Group]] = [[] for _ in found]
+    groups: list[list[page.Group]] = [[] for _ in found]
     for which, (name, photos) in enumerate(parts.items()):
         photos = crop_rules.framed_for(photos, embedder.preprocess)
         offset = which * len(celeba)
         people = [pair[:2][which] for pair in found]
         chosen = [np.flatnonzero(photos.identity == person)[:SHOWN] for person in people]
-        mask = np.zeros(len(photos), bool)
         for row, inside in enumerate(chosen):
-            mask[inside] = True
             caption = f"{name}: {photos.people[people[row]]}"
-            groups[row].append(audit_page.Group(caption=caption, photos=tuple((offset + inside).tolist())))
-        drawn = pipeline.decode_all(sources.select(photos, mask), embedder.size, progress=False) if mask.any() else ()
-        crops |= {offset + int(index): crop for index, crop in zip(np.flatnonzero(mask), drawn, strict=True)}
+            groups[row].append(page.Group(caption=caption, photos=tuple((offset + inside).tolist())))
+        used = np.unique(np.concatenate([*chosen, np.zeros(0, np.int64)]))
+        drawn = pipeline.decode_all(sources.select(photos, used), embedder.size, progress=False) if len(used) else ()
+        crops |= {offset + int(index): crop for index, crop in zip(used, drawn, strict=True)}
     cases = tuple(
-        audit_page.Case(
+        page.Case(
             title=f"CelebA {celeba.people[one]}, {lfw.people[other]}", words=f"cosine {score:.3f}", groups=tuple(group)
         )
         for (one, other, score), group in zip(found, groups, strict=True)
     )
-    part = audit_page.Part(
+    part = page.Part(
         which="suspects", title="One person in both sets?", total=len(found), cases=cases,
         words="Pairs of people with photos that are more alike than nearly all of known strangers' are.",
     )  # fmt: skip
     keys = np.concatenate([celeba.keys, lfw.keys])
-    page = audit_page.AuditPage(title="CelebA and LFW", audited="", parts=[part], crops=crops, keys=keys)
-    audit_page.write_page(out / "overlap.html", page)
+    shown = page.AuditPage(title="CelebA and LFW", audited="", parts=[part], crops=crops, keys=keys)
+    page.write_page(out / "overlap.html", shown)
 
 
 def with_and_without(checkpoint: Path, people: set[str], data_dir: Path | None) -> list[dict[str, Any]]:

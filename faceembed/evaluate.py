@@ -74,9 +74,8 @@ def embed_photos(
     embeddings, features = [], []
     with sources.progress_bar(None, len(photos), "embedding", shown=progress) as bar:
         for start in range(0, len(photos), CHUNK):
-            mask = np.zeros(len(photos), bool)
-            mask[start : start + CHUNK] = True
-            images = pipeline.decode_all(sources.select(photos, mask), embedder.size, progress=False)
+            chunk = sources.select(photos, np.arange(start, min(start + CHUNK, len(photos))))
+            images = pipeline.decode_all(chunk, embedder.size, progress=False)
             embeddings.append(embedder(images, batch))
             if layers:
                 features.append(embedder.layers(images, layers, batch))
@@ -99,9 +98,7 @@ def embed_pairs(
     """
     first, second = pair_lists.resolve(pairs, photos)
     used, place = np.unique(np.concatenate([first, second]), return_inverse=True)
-    mask = np.zeros(len(photos), bool)
-    mask[used] = True
-    emb, inner = embed_photos(embedder, sources.select(photos, mask), layers=layers, progress=progress)
+    emb, inner = embed_photos(embedder, sources.select(photos, used), layers=layers, progress=progress)
     who = photos.people[photos.identity]
     one, other = place[: len(first)], place[len(first) :]
     features = {name: (value[one], value[other]) for name, value in inner.items()}
@@ -305,9 +302,7 @@ def _with_crops(
     progress: bool,
 ) -> list[page.Pair]:
     used = np.unique(np.concatenate([first, second]))
-    mask = np.zeros(len(photos), bool)
-    mask[used] = True
-    images = pipeline.decode_all(sources.select(photos, mask), size, progress=progress)
+    images = pipeline.decode_all(sources.select(photos, used), size, progress=progress)
     who = photos.people[photos.identity]
     return [
         page.Pair(

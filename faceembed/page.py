@@ -1002,6 +1002,7 @@ p{margin:0 0 12px;max-width:75ch;overflow-wrap:anywhere}
 code,pre{font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .over{margin:0 0 8px;color:var(--accent);font-size:13px;font-weight:600;letter-spacing:.02em}
 .lead{color:var(--muted);margin:10px 0 0}
+.lead+.tiles{margin-top:28px}
 small{display:block;color:var(--muted);font:12px/1.35 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
 font-variant-numeric:tabular-nums}
 .sentences{margin:0 0 20px;padding-left:18px}

@@ -222,6 +222,15 @@ def jsonable(value: Any, *, where: str = "the value") -> Any:
     )
 
 
+def can_write(folder: str | os.PathLike[str]) -> bool:
+    """Makes a folder; whether files can be written there. To be asked before long work, not after it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes a JSON file atomically: a reader, or a crash at any moment, meets the old file or the whole new one.
 

@@ -304,7 +304,7 @@ def test_a_folder_is_aligned_by_one_process_and_not_into_itself(folder, tmp_path
         with pytest.raises(BlockingIOError, match="another process aligns photos into"):
             crops.align_folder(photos, out, aligner, progress=False)
     assert crops.align_folder(photos, out, aligner, progress=False)["photos"] == 12
-    with pytest.raises(ValueError, match="its crops would be taken for a person's photos"):
+    with pytest.raises(ValueError, match="it would be taken for a person's photos"):
         crops.align_folder(photos, folder / "aligned", aligner, progress=False)
     assert not (folder / "aligned").exists()
 

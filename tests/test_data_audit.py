@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from faceembed.cli import audit as command
+from faceembed.audit import copies as twins
+from faceembed.audit import findings as rules
+from faceembed.audit import labels as maths
 from faceembed.cli import data as cli
 from faceembed.data import sources
 from faceembed.preprocess import Preprocess
@@ -167,7 +169,7 @@ def test_embeddings_alone_make_no_copies(audit, album, tmp_path):
     assert "more pairs have nearly equal embeddings" in report["warnings"][0]
     emb[7] = np.nan
     np.savez(tmp_path / "e.npz", embedding=emb, key=photos.keys)
-    with pytest.raises(ValueError, match=f"the embedding of {photos.keys[7]} is 0 or not finite"):
+    with pytest.raises(ValueError, match=f"the embedding of {photos.keys[7]} has no direction: it is 0, not finite"):
         audit("--embeddings", str(tmp_path / "e.npz"))
 
 
@@ -184,8 +186,6 @@ def test_a_list_that_was_edited_stays(audit, tmp_path, capsys):
 
 def made_up(keys, identity, people, **found):
     """An audit with the findings given and no others."""
-    from faceembed import audit as maths
-
     none, numbers = np.zeros(0, np.int64), np.zeros(0, np.float32)
     fields = {
         "label_errors": maths.LabelErrors(
@@ -195,21 +195,22 @@ def made_up(keys, identity, people, **found):
         "splits": maths.SplitPeople(first=none, second=none, cosine=numbers, score=numbers),
         "merges": maths.MergedPeople(person=none, size=np.zeros((0, 2), np.int64), cosine=numbers, score=numbers,
                                      side=np.full(len(keys), -1, np.int8)),
-        "duplicates": maths.Duplicates(first=none, second=none, cosine=numbers, across=none.astype(bool)),
         "thresholds": None,
+        "near": np.zeros((len(keys), 0), np.int64),
     }  # fmt: skip
     photos = sources.Photos(
         source="folder:/x", keys=np.array(keys), identity=np.array(identity, np.int32), people=np.array(people),
         read=lambda index: np.zeros((8, 8, 3), np.uint8), square=None, problems=(), fingerprint="f",
     )  # fmt: skip
-    return maths.Audit(**(fields | found)), photos
+    return maths.Labels(**(fields | found)), photos
 
 
 def copies_of(*pairs, identity):
     first, second = np.array(pairs, np.int64).T
-    return command.Copies(
+    return twins.Copies(
         first=first, second=second, alike=np.ones(len(first), np.float32), mirrored=np.zeros(len(first), bool),
-        across=np.array(identity)[first] != np.array(identity)[second], unseen=0,
+        across=np.array(identity)[first] != np.array(identity)[second], candidates=len(first), unseen=0, cosine=1.0,
+        pixels=1.0,
     )  # fmt: skip
 
 
@@ -218,12 +219,10 @@ def test_of_copies_all_but_one_are_left_out_however_they_are_linked():
     found, _ = made_up([f"k{i}" for i in range(10)], identity, ["a", "b"])
     # A star around photo 3, a chain 5-6-7, and one copy in another folder, which a person has to decide about.
     copies = copies_of((0, 3), (1, 3), (2, 3), (6, 7), (5, 6), (4, 8), identity=identity)
-    assert command.excluded(found, copies).tolist() == [1, 2, 3, 6, 7]
+    assert rules.excluded(found, copies).tolist() == [1, 2, 3, 6, 7]
 
 
 def test_folders_of_two_are_shown_once_share_a_rank_and_stay():
-    from faceembed import audit as maths
-
     identity = [0, 0, 1, 1, 1, 2, 2]
     errors = maths.LabelErrors(
         photo=np.array([0, 3, 5, 1]), person=np.array([0, 1, 2, 0]), looks_like=np.array([1, 2, 0, 1]),
@@ -236,30 +235,26 @@ def test_folders_of_two_are_shown_once_share_a_rank_and_stay():
         nothing, first=nothing.first[:0], second=nothing.second[:0], alike=nothing.alike[:0],
         mirrored=nothing.mirrored[:0], across=nothing.across[:0],
     )  # fmt: skip
-    rows = list(command.findings(found, nothing, photos))
+    rows = list(rules.findings(found, nothing, photos))
     assert [(row["kind"], row["rank"], row["photo"]) for row in rows] == [
-        ("looks like somebody else", 1, "k3"), (command.PAIRS, 1, "k0"), (command.PAIRS, 2, "k5"), (command.PAIRS, 1, "k1"),
+        ("looks like somebody else", 1, "k3"), (rules.PAIRS, 1, "k0"), (rules.PAIRS, 2, "k5"), (rules.PAIRS, 1, "k1"),
     ]  # fmt: skip
-    part = next(
-        part for part in command.parts_of(found, nothing, photos, 9) if part.which == "two-photos-not-one-person"
-    )
+    part = next(part for part in rules.parts_of(found, nothing, photos, 9) if part.which == "two-photos-not-one-person")
     assert (part.total, [case.title for case in part.cases]) == (2, ["k0", "k5"])
-    assert command.excluded(found, nothing).tolist() == [3]
+    assert rules.excluded(found, nothing).tolist() == [3]
 
 
 def test_of_a_folder_of_two_people_the_smaller_cluster_is_named():
-    from faceembed import audit as maths
-
     identity = [0] * 6
     side = np.array([0, 0, 1, 1, 1, 1], np.int8)
     merges = maths.MergedPeople(person=np.array([0]), size=np.array([[2, 4]]), cosine=np.zeros(1, np.float32),
                                 score=np.zeros(1, np.float32), side=side)  # fmt: skip
     found, _ = made_up([f"k{i}" for i in range(6)], identity, ["a"], merges=merges)
-    assert command.smaller_cluster(found.merges, np.array(identity), 0).tolist() == [0, 1]
+    assert rules.smaller_cluster(found.merges, np.array(identity), 0).tolist() == [0, 1]
     swapped = dataclasses.replace(merges, size=np.array([[4, 2]]), side=1 - side)
-    assert command.smaller_cluster(swapped, np.array(identity), 0).tolist() == [0, 1]
+    assert rules.smaller_cluster(swapped, np.array(identity), 0).tolist() == [0, 1]
     even = dataclasses.replace(merges, size=np.array([[3, 3]]), side=np.array([0, 0, 0, 1, 1, 1], np.int8))
-    assert command.smaller_cluster(even, np.array(identity), 0).tolist() == [3, 4, 5]
+    assert rules.smaller_cluster(even, np.array(identity), 0).tolist() == [3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -268,8 +263,8 @@ def test_of_a_folder_of_two_people_the_smaller_cluster_is_named():
         (("--shown", "0"), "--shown is 0"),
         (("--pairs", "-1"), "--pairs is -1"),
         (("--batch", "0"), "--batch is 0"),
-        (("--out", "/dev/null"), "is a file"),
-        (("--out", "/dev/null/audit"), "cannot be written"),
+        (("--out", "/dev/null"), "--out is /dev/null: files cannot be written there"),
+        (("--out", "/dev/null/audit"), "files cannot be written there"),
     ],
 )
 def test_flags_that_cannot_be_are_told_at_once(audit, flags, message):
@@ -278,7 +273,7 @@ def test_flags_that_cannot_be_are_told_at_once(audit, flags, message):
 
 
 def test_its_folder_is_not_among_the_photos(album, tmp_path):
-    with pytest.raises(ValueError, match="it would be taken for a person"):
+    with pytest.raises(ValueError, match="it would be taken for a person's photos"):
         cli.run(["audit", f"folder:{album}", "--out", str(album / "audit")])
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         cli.run(["audit", "folder:/nowhere", "--out", str(tmp_path / "out")])

@@ -24,8 +24,7 @@ ALLOWED = {
     "report": {"metrics"},
     "plots": set(),
     "page": {"metrics", "plots", "report"},
-    "audit": set(),
-    "audit_page": {"page", "plots", "report"},
+    "audit": {"audit", "data", "page", "plots", "report"},
     "verification": {"verification", "metrics", "uncertainty", "report"},
     "training.diagnostics": {"losses"},
     "training.logs": {"report"},
@@ -40,7 +39,7 @@ ALLOWED = {
         "training.diagnostics", "training.logs", "training.step", "training.transfer",
     },
     "cli": {
-        "audit", "audit_page", "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "export", "mesh",
+        "audit", "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "export", "mesh",
         "page", "preprocess", "report", "training.loop", "verification",
     },
 }  # fmt: skip

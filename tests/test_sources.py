@@ -294,6 +294,12 @@ def test_select_renumbers_people(album, tmp_path):
     fewer = sources.select(some, np.array([False, True, False, False, True]))
     assert fewer.keys.tolist() == ["Zoe/1", "anna/1"]
     np.testing.assert_array_equal(fewer.read(1), photos.read(5))
+    numbered = sources.select(photos, np.array([1, 5]))
+    assert (numbered.keys.tolist(), numbered.people.tolist()) == (["Zoe/0", "anna/1"], ["Zoe", "anna"])
+    np.testing.assert_array_equal(numbered.read(1), photos.read(5))
+    for wrong in ([5, 1], [1, 1], [-1, 2], [1, 6], [0.5]):
+        with pytest.raises(ValueError, match="ascending numbers of these photos"):
+            sources.select(photos, np.array(wrong))
     assert len({photos.fingerprint, some.fingerprint, fewer.fingerprint}) == 3
     save(album / "Zoe" / "0.png", 4321)
     changed = sources.open_source(f"folder:{album}", data_dir=tmp_path / "cache")

@@ -3,8 +3,6 @@ what is in one; look at it; what is probably wrong in it."""
 
 import dataclasses
 import io
-import os
-import secrets
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -194,12 +192,9 @@ def preview(
         raise ValueError(
             f"--out is {out}: a picture ends in {', '.join(PICTURES)}. Try --out {out.with_suffix('.png')}."
         )
-    try:  # told now, and not after a large source has been read
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(out.parent, os.W_OK) and not out.is_dir()
-    except OSError:
-        writable = False
-    if not writable:
+    from faceembed import report as reports
+
+    if out.is_dir() or not reports.can_write(out.parent):  # told now, and not after a large source has been read
         raise ValueError(f"--out is {out}: a file cannot be written there. Name one in a folder of yours.")
     from faceembed.data import pipeline, sources
 
@@ -217,9 +212,7 @@ def preview(
 
     rows = draw_rows(source.identity, len(source.people), people, photos, choose=choose, seed=seed)
     drawn = np.sort(np.concatenate(rows))
-    mask = np.zeros(len(source), bool)
-    mask[drawn] = True
-    crops = pipeline.decode_all(sources.select(source, mask), size, progress=progress)
+    crops = pipeline.decode_all(sources.select(source, drawn), size, progress=progress)
     count = np.bincount(source.identity)
     shown: list[dict[str, Any]] = [
         {
@@ -233,7 +226,7 @@ def preview(
     sheet = contact_sheet([crops[np.searchsorted(drawn, row)] for row in rows], captions)
     encoded = io.BytesIO()
     sheet.save(encoded, PICTURES[out.suffix.lower()], quality=92)
-    _write_bytes(out, encoded.getvalue())
+    reports.write_bytes(out, encoded.getvalue())
 
     for caption in captions:
         print(f"  {caption}")
@@ -318,16 +311,6 @@ def _of(shown: int, photos: int) -> str:
 def _printable(text: str) -> str:
     """The text with a sign for what neither a terminal nor a font can show: line breaks, bytes that are no UTF-8."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(text))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # there only after a failure
 
 
 def _histogram(count: np.ndarray) -> list[dict[str, Any]]:

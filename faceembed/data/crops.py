@@ -331,11 +331,7 @@ def align_folder(
       OSError: a crop cannot be written; its photo is named.
     """
     require(aligner.detector)
-    kind, _, root = photos.source.partition(":")
-    if kind == "folder" and out.resolve().is_relative_to(Path(root).expanduser().resolve()):
-        raise ValueError(
-            f"{out} lies in {root}: the next time its crops would be taken for a person's photos. Try another."
-        )
+    sources.require_outside(photos.source, out)
     card: dict[str, Any] = {
         "template": aligner.template, "size": aligner.size, "detector": aligner.detector, "face": aligner.face,
         "missed_rule": aligner.missed, "format": format, "source": photos.source, "fingerprint": photos.fingerprint,

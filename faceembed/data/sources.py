@@ -108,17 +108,37 @@ def open_source(source: str, *, data_dir: Path | str | None = None, progress: bo
     return SOURCES[form](source, directory, **options)
 
 
-def select(photos: Photos, mask: np.ndarray) -> Photos:
+def require_outside(source: str, out: Path) -> None:
+    """Refuses to write among the photos of "folder:PATH".
+
+    Raises:
+      ValueError: `out` lies in PATH.
+    """
+    kind, _, root = source.partition(":")
+    if kind == "folder" and out.resolve().is_relative_to(Path(root).expanduser().resolve()):
+        raise ValueError(f"{out} lies in {root}: the next time it would be taken for a person's photos. Name another.")
+
+
+def select(photos: Photos, chosen: np.ndarray) -> Photos:
     """Only some photos; people without any are dropped and the others numbered anew.
 
     Args:
       photos: any.
-      mask: [n] bool, which to keep.
+      chosen: [n] bool, which to keep; or [k] int, their numbers, ascending and none twice.
     """
-    mask = np.asarray(mask)
-    if mask.shape != photos.keys.shape or mask.dtype != bool:
-        raise ValueError(f"mask is {mask.dtype} {mask.shape}: expected bool [{len(photos)}], one for each photo.")
-    kept = np.flatnonzero(mask)
+    kept = chosen = np.asarray(chosen)
+    if chosen.dtype == bool:
+        if chosen.shape != photos.keys.shape:
+            raise ValueError(f"chosen is bool {chosen.shape}: expected bool [{len(photos)}], one for each photo.")
+        kept = np.flatnonzero(chosen)
+    elif (
+        chosen.ndim != 1
+        or chosen.dtype.kind not in "iu"
+        or (np.diff(chosen, prepend=-1, append=len(photos)) <= 0).any()
+    ):
+        raise ValueError(
+            f"chosen is {chosen.dtype} {chosen.shape}: expected bool [{len(photos)}], or ascending numbers of these photos."
+        )
     people, identity = np.unique(photos.identity[kept], return_inverse=True)
     read = photos.read
     names = photos.people[people]

@@ -81,7 +81,7 @@ def render(shown: AuditPage) -> str:
     figures = [(part.title, f"{part.total:,}", _beneath(part)) for part in shown.parts]
     header = (
         f'<header id="top">\n<p class="over">faceembed · audit of labels</p>\n<h1>{_e(shown.title)}</h1>\n'
-        f'<p class="lead">{_e(shown.audited)}</p><br>\n{page.tiles(figures)}\n{warnings}\n'
+        f'<p class="lead">{_e(shown.audited)}</p>\n{page.tiles(figures)}\n{warnings}\n'
         '<p class="small">Nothing here is certain, and nothing was changed: look, then decide. Whoever has this page has '
         "these photos: share it as you would share them.</p>\n</header>"
     )

@@ -1,4 +1,4 @@
-"""Which photos are probably in the wrong folder, which folders are one person, which hold two, and what is there twice.
+"""Which photos are probably in the wrong folder, which folders are one person, and which hold two.
 
 Everything is judged by embeddings, so a network has to exist that did not learn from these very labels: it fits the
 errors that it was trained on. All is ranked, the surest first, and to be looked at by a person.
@@ -24,33 +24,10 @@ beside the embeddings they keep [m, d] sums of m people and a few numbers a phot
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-__all__ = [
-    "Audit",
-    "Duplicates",
-    "LabelErrors",
-    "MergedPeople",
-    "SplitPeople",
-    "Thresholds",
-    "audit",
-    "centred",
-    "correlation",
-    "directions",
-    "fingerprints",
-    "label_errors",
-    "merged_people",
-    "near_duplicates",
-    "nearest_people",
-    "own_fit",
-    "pair_cosine",
-    "person_sums",
-    "ratios",
-    "split_people",
-]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -89,8 +66,6 @@ class Thresholds:
     apart: float
     """90 % quantile of the log-likelihood ratio of a cluster of one folder and one of another: the two clusters of one
     folder at or below it look like two people. NaN if no two folders have two clusters."""
-    copy: float
-    """Cosine from which on two photos may be copies of each other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,59 +128,42 @@ class MergedPeople:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Duplicates:
-    """Pairs of photos whose embeddings are nearly equal, the nearest first; pixels have to confirm them."""
-
-    first: Ints
-    """[s] < second."""
-    second: Ints
-    cosine: Floats
-    across: NDArray[np.bool_]
-    """[s] the photos are of two people: one of the labels is wrong, or the two are one."""
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Audit:
-    """All of it."""
+class Labels:
+    """What embeddings tell about labels."""
 
     label_errors: LabelErrors
     splits: SplitPeople
     merges: MergedPeople
-    duplicates: Duplicates
     thresholds: Thresholds
+    near: Ints
+    """[n, NEAREST] the people near to each photo, beside its own; `copies.find` looks among them."""
 
 
-def audit(x: Floats, identity: NDArray[np.integer], *, copy: float) -> Audit:
+def audit(x: Floats, identity: NDArray[np.integer]) -> Labels:
     """Everything that embeddings tell about labels.
 
-    Cost: O(n·m·d) for n photos of m people with d numbers, which is the nearest person of every photo, and little beside
-    it: O(m²·d + n·(n̄ + 1024·NEAREST)·d), n̄ photos of a person. Memory: O(n·NEAREST + m·d) and a tile, beside `x`.
-    10 million photos of 100,000 people with 512 numbers are 10¹⁵ operations, 20 minutes at one teraflop/s, and half an hour
-    more to pick the nearest; `x` is 20 GB.
+    Cost: O(n·m·d) for n photos of m people with d numbers, which is the nearest person of every photo, and O(m²·d + n·d)
+    beside it. Memory: O(n·NEAREST + m·d) and a tile, beside `x`. 10 million photos of 100,000 people with 512 numbers are
+    10¹⁵ operations, 20 minutes at one teraflop/s, and half an hour more to pick the nearest; `x` is 20 GB.
 
     Args:
       x: [n, d] float32 as `centred` gives them.
       identity: [n] int, ascending, every person 0..m-1 has at least one photo.
-      copy: cosine from which on two photos may be copies, in (0, 1]: see `near_duplicates`.
     """
     rho = pair_cosine(x, identity)
     near, near_fit = nearest_people(x, identity, rho=rho)
     errors, levels = label_errors(x, identity, near, near_fit, rho=rho)
     splits, halves = split_people(x, identity, rho=rho)
     merges, apart = merged_people(x, identity, rho=rho)
-    return Audit(
-        label_errors=errors,
-        splits=splits,
-        merges=merges,
-        duplicates=near_duplicates(x, identity, near, cosine=copy),
-        thresholds=Thresholds(pair_cosine=rho, halves=halves, apart=apart, copy=copy, **levels),
-    )
+    return Labels(
+        label_errors=errors, splits=splits, merges=merges, near=near,
+        thresholds=Thresholds(pair_cosine=rho, halves=halves, apart=apart, **levels),
+    )  # fmt: skip
 
 
-def centred(emb: NDArray[np.floating], identity: NDArray[np.integer]) -> tuple[Floats, Floats]:
+def centred(
+    emb: NDArray[np.floating], identity: NDArray[np.integer], names: Sequence[str] | NDArray[np.str_] | None = None
+) -> tuple[Floats, Floats]:
     """Embeddings as directions from the middle of all people.
 
     The model wants people to lie around 0. Embeddings that all lie in one half of the sphere, as dlib's do, would otherwise
@@ -214,6 +172,7 @@ def centred(emb: NDArray[np.floating], identity: NDArray[np.integer]) -> tuple[F
     Args:
       emb: [n, d], any length but zero.
       identity: [n] int, ascending, every person 0..m-1 has at least one photo.
+      names: [n] what the photos are called in errors; their numbers when not given.
 
     Returns:
       ([n, d] float32 of unit length; [d] the middle, which `directions` takes for further embeddings).
@@ -232,19 +191,25 @@ def centred(emb: NDArray[np.floating], identity: NDArray[np.integer]) -> tuple[F
         raise ValueError(
             f"of {identity[-1] + 1} people fewer than 2 have two photos: labels are judged by a person's other photos."
         )
-    x = directions(emb, np.zeros(emb.shape[1], np.float32))
+    x = directions(emb, np.zeros(emb.shape[1], np.float32), names=names)
     sums, count = person_sums(x, identity)
     middle = (sums / count[:, None]).mean(axis=0).astype(np.float32)
-    return directions(x, middle, out=x), middle
+    return directions(x, middle, out=x, names=names), middle
 
 
-def directions(emb: NDArray[np.floating], middle: Floats, out: Floats | None = None) -> Floats:
+def directions(
+    emb: NDArray[np.floating],
+    middle: Floats,
+    out: Floats | None = None,
+    names: Sequence[str] | NDArray[np.str_] | None = None,
+) -> Floats:
     """[n, d] float32 unit vectors: embeddings of unit length, minus `middle`, scaled to unit length again.
 
     Args:
       emb: [n, d].
       middle: [d].
       out: where to write, such as `emb` itself; a new array when not given.
+      names: [n] for errors.
 
     Raises:
       ValueError: an embedding that is not finite, or has no direction.
@@ -257,9 +222,8 @@ def directions(emb: NDArray[np.floating], middle: Floats, out: Floats | None = N
         length = np.linalg.norm(rows, axis=1, keepdims=True)
         wrong = np.flatnonzero(~(np.isfinite(length) & (length > 1e-6)))
         if len(wrong):
-            raise ValueError(
-                f"embedding {start + wrong[0]} has no direction: it is 0, not finite, or the middle of all."
-            )
+            which = start + wrong[0] if names is None else f"of {names[start + wrong[0]]}"
+            raise ValueError(f"the embedding {which} has no direction: it is 0, not finite, or the middle of all.")
         x[start : start + COLUMNS] = rows / length
     return x
 
@@ -332,7 +296,7 @@ def nearest_people(
         for left in range(0, len(count), columns):
             tile = x[top : top + rows] @ scaled[left : left + columns].T
             tile += offset[left : left + columns]
-            _rounded(tile)
+            rounded(tile)
             inside = np.flatnonzero((who >= left) & (who < left + tile.shape[1]))
             tile[inside, who[inside] - left] = -np.inf
             _keep_best(tile, left, people[top : top + rows], fits[top : top + rows])
@@ -371,7 +335,7 @@ def label_errors(
     drawn = judged[drawn + np.where(drawn >= begins, mine[identity[judged]], 0)]
     strangers = np.concatenate(
         [
-            _cosines(x[judged[part]], sums[identity[drawn[part]]])
+            cosines(x[judged[part]], sums[identity[drawn[part]]])
             for start in range(0, len(judged), COLUMNS)
             for part in [slice(start, start + COLUMNS)]
         ]
@@ -400,7 +364,7 @@ def label_errors(
         person=person,
         looks_like=other,
         own=own_cosine[photo],
-        other=_cosines(x[photo], sums[other]),
+        other=cosines(x[photo], sums[other]),
         margin=margin[listed],
         somebody=somebody[listed],
         sure=count[person] > 2,
@@ -447,20 +411,20 @@ def split_people(
         for left in range(0, len(count), columns):
             one, other = slice(top, top + rows), slice(left, left + columns)
             tile = ratios(sums[one], count[one], sums[other], count[other], rho)
-            _rounded(tile)
+            rounded(tile)
             itself = np.arange(max(top, left), min(top + len(tile), left + tile.shape[1]))
             tile[itself - top, itself - left] = -np.inf
             _keep_best(tile, left, people[one], scores[one])
 
     person, rank = np.nonzero(scores > 0)
-    first, second = _unordered(person, people[person, rank], len(count))
+    first, second = unordered(person, people[person, rank], len(count))
     ratio = _ratio(sums[first], count[first], sums[second], count[second], rho)
     kept = ratio - _expected(count[first], count[second], rho) >= (np.inf if math.isnan(level) else level)
     first, second, score = first[kept], second[kept], ratio[kept].astype(np.float32)
     order = np.lexsort((second, first, -score))
     first, second = first[order], second[order]
     pairs = SplitPeople(
-        first=first, second=second, cosine=_cosines(sums[first], sums[second]), score=score[order]
+        first=first, second=second, cosine=cosines(sums[first], sums[second]), score=score[order]
     )  # fmt: skip
     return pairs, level
 
@@ -499,85 +463,11 @@ def merged_people(x: Floats, identity: NDArray[np.integer], *, rho: float) -> tu
     merged = MergedPeople(
         person=able[listed],
         size=np.stack([n_a[listed], n_b[listed]], axis=1).astype(np.int64),
-        cosine=_cosines(a[listed], b[listed]),
+        cosine=cosines(a[listed], b[listed]),
         score=score[listed].astype(np.float32),
         side=side,
     )
     return merged, level
-
-
-# ---- copies ------------------------------------------------------------------------------------------------------------
-
-
-def near_duplicates(
-    x: Floats, identity: NDArray[np.integer], near: Ints, *, cosine: float, tile: int = ROWS
-) -> Duplicates:
-    """Pairs of photos with nearly equal embeddings.
-
-    Of every photo the nearest one of its own folder and the nearest one of the people in `near` are looked at: of c copies
-    of a photo c/2 to c - 1 pairs are found, not all c². A copy in another folder pulls that folder's centroid to it, and
-    makes that person one of the nearest, unless the folder is large and of somebody else.
-
-    Cost: O(n·(n̄ + k·tile)·d); memory O(n + tile²).
-
-    Args:
-      x: [n, d] unit length.
-      identity: [n] ascending.
-      near: [n, k] people near to each photo, -1 for none.
-      cosine: at or above it a pair is listed. What copies reach is measured best: embed some photos and degraded copies.
-      tile: side of a tile of the matrix products.
-    """
-    found = []
-    everyone = np.arange(len(x))
-    for rows, groups in [(everyone, identity), *((everyone, column) for column in near.T)]:
-        kept = groups >= 0
-        rows, groups = rows[kept], groups[kept]
-        order = np.argsort(groups, kind="stable")
-        best, value = _best_in_group(x, rows[order], groups[order], identity, tile)
-        close = value >= cosine
-        found.append(np.stack([rows[order][close], best[close]]))
-    one, other = np.concatenate(found, axis=1)
-    first, second = _unordered(one, other, len(x))
-    value = _cosines(x[first], x[second])
-    order = np.lexsort((second, first, -value))
-    first, second = first[order], second[order]
-    return Duplicates(
-        first=first, second=second, cosine=value[order], across=identity[first] != identity[second]
-    )  # fmt: skip
-
-
-def fingerprints(crops: NDArray[np.uint8]) -> Floats:
-    """What is left of photos when brightness, contrast and slow shading are taken away: differences of grey neighbours.
-
-    Aligned faces are alike as grey pictures even if they are of two people; their edges are not.
-
-    Args:
-      crops: uint8 RGB [b, s, s, 3], small: 32 pixels are as many as a recompressed copy keeps.
-
-    Returns:
-      [b, 2·s·(s-1)] float32 of unit length; zeros for a photo of one colour.
-    """
-    grey = crops.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    across = np.diff(grey, axis=2).reshape(len(crops), -1)
-    down = np.diff(grey, axis=1).reshape(len(crops), -1)
-    edges: Floats = np.concatenate([across, down], axis=1)
-    norm = np.linalg.norm(edges, axis=1, keepdims=True)
-    return np.divide(edges, norm, out=np.zeros_like(edges), where=norm > 1e-3)
-
-
-def correlation(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> tuple[Floats, NDArray[np.bool_]]:
-    """How alike photos are, pixel by pixel, as they are or mirrored.
-
-    Args:
-      a, b: uint8 RGB [p, s, s, 3], the two sides of p pairs.
-
-    Returns:
-      ([p] cosine of the `fingerprints`, 1 = the same photograph; [p] whether the mirror image is the one that is alike).
-    """
-    one, other, turned = fingerprints(a), fingerprints(b), fingerprints(b[:, :, ::-1])
-    plain = np.einsum("pd,pd->p", one, other).astype(np.float32)
-    mirrored = np.einsum("pd,pd->p", one, turned).astype(np.float32)
-    return np.maximum(plain, mirrored), mirrored > plain
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------------------
@@ -674,7 +564,7 @@ def _whole_people(count: NDArray[np.integer]) -> Iterator[tuple[int, int]]:
     yield from zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
 
 
-def _cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> Floats:
+def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> Floats:
     """[p] cosines of rows, 0 where one has no length; in pieces, for long lists."""
     result = np.empty(len(a), np.float32)
     for start in range(0, len(a), COLUMNS):
@@ -685,7 +575,7 @@ def _cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> Floats:
     return result
 
 
-def _rounded(tile: Floats) -> None:
+def rounded(tile: Floats) -> None:
     """To multiples of GRAIN, in place."""
     tile *= 1 / GRAIN
     np.rint(tile, out=tile)
@@ -710,46 +600,10 @@ def _keep_best(tile: Floats, left: int, people: Ints, values: Floats) -> None:
     values[:] = np.take_along_axis(every_value, order, axis=1)
 
 
-def _unordered(one: Ints, other: Ints, n: int) -> tuple[Ints, Ints]:
+def unordered(one: Ints, other: Ints, n: int) -> tuple[Ints, Ints]:
     """Each pair once, the lower number first; numbers are below n."""
     pair = np.unique(np.minimum(one, other).astype(np.int64) * n + np.maximum(one, other))
     return pair // n, pair % n
-
-
-def _best_in_group(
-    x: Floats, rows: Ints, groups: NDArray[np.integer], identity: NDArray[np.integer], tile: int
-) -> tuple[Ints, Floats]:
-    """For each row the photo of a person that is nearest, itself excepted.
-
-    Args:
-      x: [n, d].
-      rows: [r] photos.
-      groups: [r] the person to look among, ascending, so that a tile of rows meets a short range of columns.
-      identity: [n] ascending.
-      tile: side of a tile.
-
-    Returns:
-      ([r] photo, the lowest number of equal ones; [r] cosine, -inf where there is no other photo).
-    """
-    count = np.bincount(identity)
-    ends = np.cumsum(count)
-    best, value = np.zeros(len(rows), np.int64), np.full(len(rows), -np.inf, np.float32)
-    for top in range(0, len(rows), tile):
-        part, group = rows[top : top + tile], groups[top : top + tile]
-        probes = x[part]
-        for left in range(ends[group[0]] - count[group[0]], ends[group[-1]], tile):
-            right = min(left + tile, ends[group[-1]])
-            cosines = probes @ x[left:right].T
-            _rounded(cosines)
-            cosines[identity[left:right] != group[:, None]] = -np.inf
-            inside = np.flatnonzero((part >= left) & (part < right))
-            cosines[inside, part[inside] - left] = -np.inf
-            column = cosines.argmax(axis=1)
-            found = cosines[np.arange(len(part)), column]
-            better = found > value[top : top + tile]
-            value[top : top + tile][better] = found[better]
-            best[top : top + tile][better] = column[better] + left
-    return best, value
 
 
 def _two_means(x: Floats, count: NDArray[np.integer], rounds: int = 8) -> NDArray[np.int8]:
