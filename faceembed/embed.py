@@ -118,7 +118,7 @@ class Embedder:
     policy: dict[str, Any] | None
     """Verification heads and thresholds set on calibrate people; None when the run ended without them."""
     path: Path
-    """The step directory."""
+    """The step directory; the name of a pretrained one."""
     embed: EmbedFn
 
     @property
@@ -366,7 +366,7 @@ def load_dlib() -> Embedder:
     """
     experiment, variables, data = dlib_checkpoint()
     policy = Path(__file__).parent / "encoders" / "dlib_policy.json"
-    return embedder_of(experiment, variables, data, dlib_resnet.weights_path(), policy)
+    return embedder_of(experiment, variables, data, Path("dlib"), policy)
 
 
 def dlib_checkpoint() -> tuple[config.Experiment, dict[str, Any], dict[str, Any]]:

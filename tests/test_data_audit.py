@@ -107,7 +107,7 @@ def test_what_was_planted_is_found_and_written(audit, album, tmp_path, capsys):
         (row["kind"], row["photo"], str(row["rank"])) for row in report["findings"]
     ]
     printed = capsys.readouterr().out
-    assert "300 photos of 60 people, by the embeddings of dlib" in printed
+    assert "300 photos of 60 people, by the embeddings of runs/pixels/checkpoints/000001" in printed
     assert f"{len(left_out)} photos to train without" in printed
 
 

@@ -128,7 +128,7 @@ def write(options: Options, photos: "Photos", embedder: "Embedder", found: "Labe
     known = evaluate.training_people(embedder, photos.people)
     if known:
         warnings.append(
-            f"{options.checkpoint} was trained on {len(known):,} of these {len(photos.people):,} people, with these "
+            f"{embedder.path} was trained on {len(known):,} of these {len(photos.people):,} people, with these "
             "labels: it fits the errors that it was trained on, and shows fewer. Audit with another, such as dlib."
         )
     if copies.unseen:
@@ -138,7 +138,7 @@ def write(options: Options, photos: "Photos", embedder: "Embedder", found: "Labe
         )
     if len(names) < len(keys):
         warnings.append(f"{len(keys) - len(names):,} photos have line breaks in their names and cannot be excluded.")
-    audited = f"{len(photos):,} photos of {len(photos.people):,} people, by the embeddings of {options.checkpoint}."
+    audited = f"{len(photos):,} photos of {len(photos.people):,} people, by the embeddings of {embedder.path}."
     if photos.tally and not options.embeddings:
         told = str(photos.tally)
         audited += f" {told[0].upper()}{told[1:]}."
@@ -184,7 +184,7 @@ def write(options: Options, photos: "Photos", embedder: "Embedder", found: "Labe
     if options.json:
         content = {
             "source": photos.source, "fingerprint": photos.fingerprint, "photos": len(photos),
-            "people": len(photos.people), "checkpoint": str(options.checkpoint), "warnings": warnings, "measured": measured,
+            "people": len(photos.people), "checkpoint": str(embedder.path), "warnings": warnings, "measured": measured,
             "alignment": photos.tally.to_dict() if photos.tally and not options.embeddings else None,
             "found": {part.which: part.total for part in parts}, "exclude": names, "findings": rows,
         }  # fmt: skip
