@@ -1,0 +1,247 @@
+"""Thresholds for a target FPIR and a gallery's size, set on calibrate people; they travel in a checkpoint's policy.json.
+
+Everybody searches among all others, with photos of their own: the scores are exact for every gallery size up to the people
+there are (`openset`). Where they do not resolve the FPIR, a tail is fitted (`tails`); beyond the people there are, the
+threshold is that of FPIR · M/K in a gallery of M, which FPIR(K, T) cannot exceed in expectation: K people are K/M galleries
+of M. Such thresholds are marked "extrapolated".
+
+A threshold is a squared Euclidean distance: a search is answered with whoever is at most so far.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from faceembed import metrics
+from faceembed.identification import openset, tails
+from faceembed.identification.openset import NonMated, Ranked
+
+__all__ = ["FPIRS", "Cut", "cut_for", "everybody", "pooled", "set_cut", "thresholds"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Status = Literal["printed", "flagged", "extrapolated"]
+
+FPIRS = (0.1, 0.01, 0.001)
+"""For which a policy holds thresholds."""
+
+PHOTOS = (1, 2, 5)
+"""Photos an enrolled person may have: a mean of several is nearer to its person, and its thresholds are others."""
+
+LARGEST = 1_000_000
+"""People in the largest gallery that a policy has thresholds for."""
+
+MOST_SCORES = 20_000_000
+"""Of one table of scores: bounds memory (a gigabyte while it is ranked) whatever the number of people."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A threshold with what it stands for.
+
+    Attributes:
+      distance: squared Euclidean; whoever is at most so far is a candidate.
+      fpir: share of the searches by strangers that are answered with somebody, at most.
+      k: people enrolled that it was set for.
+      photos: photos of each.
+      status: "printed" and "flagged" as `metrics.resolvable` says of the strangers behind it; "extrapolated" by a model or
+        beyond the people there were.
+    """
+
+    distance: float
+    fpir: float
+    k: int
+    photos: int
+    status: Status
+
+
+def pooled(emb: ArrayLike, weight: ArrayLike | None = None) -> Floats:
+    """Templates of several photos each: the weighted mean of their directions, at the weighted mean of their lengths.
+
+    Args:
+      emb: [..., n, d] embeddings of one person's photos along the last axis but one.
+      weight: [..., n] > 0, such as qualities; None weighs equally.
+
+    Returns:
+      [..., d] float64, of unit length for embeddings of unit length; one photo is itself.
+    """
+    x = np.asarray(emb, np.float64)
+    w = np.ones(x.shape[:-1]) if weight is None else np.asarray(weight, np.float64)
+    w = (w / w.sum(axis=-1, keepdims=True))[..., None]
+    if x.shape[-2] == 1:
+        return x[..., 0, :]
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    mean = (w * x / length).sum(axis=-2)
+    size = np.linalg.norm(mean, axis=-1, keepdims=True)
+    if not (size > 1e-6).all():
+        raise ValueError("a person's embeddings cancel out: they point in opposite directions, so they have no mean.")
+    return mean / size * (w * length).sum(axis=-2)
+
+
+def everybody(emb: ArrayLike, identity: ArrayLike, *, photos: int = 1, seed: int = 0) -> NonMated:
+    """Everybody searches among all others: non-mated searches of people who have a photo or more.
+
+    Args:
+      emb: [n, d] embeddings.
+      identity: [n] int person of each.
+      photos: in each template; who has fewer is not in the pool, and searches all the same.
+      seed: of which photos stand for a person. They are drawn anew up to five times, as far as `MOST_SCORES` allow; of
+        more people than that allows, the first in a random order.
+
+    Returns:
+      `NonMated` with scores = -squared distance.
+
+    Raises:
+      ValueError: fewer than two people have so many photos.
+    """
+    x, who = np.asarray(emb, np.float64), np.asarray(identity)
+    rng = np.random.default_rng(seed)
+    people, start, count = _groups(who)
+    order = np.argsort(who, kind="stable")
+    able = np.flatnonzero(count >= photos)
+    if len(able) < 2:
+        raise ValueError(f"{len(able)} people have {photos} photos or more: galleries of others need two of them.")
+    searching = np.arange(len(people))
+    if len(searching) * len(able) > MOST_SCORES:
+        searching = np.sort(rng.permutation(len(people))[: int(MOST_SCORES**0.5)])
+        able = np.intersect1d(able, searching)
+    draws = int(np.clip(MOST_SCORES // (len(searching) * len(able)), 1, 5))
+    parts = []
+    for _ in range(draws):
+        shuffled = order[np.lexsort((rng.random(len(who)), who[order]))]  # of each person, in a random order
+        templates = pooled(x[shuffled[start[able][:, None] + np.arange(photos)]])
+        scores = -squared_distances(x[shuffled[start[searching] + rng.integers(0, count[searching])]], templates)
+        row = np.searchsorted(searching, able)
+        there = (row < len(searching)) & (searching[np.minimum(row, len(searching) - 1)] == able)
+        scores[row[there], np.flatnonzero(there)] = -np.inf  # nobody searches for themself
+        parts.append(scores)
+    return NonMated(scores=np.concatenate(parts), who=np.tile(people[searching], draws), pool=people[able])
+
+
+def squared_distances(a: Floats, b: Floats) -> Floats:
+    """[p, q] of every row of a to every row of b."""
+    return np.maximum(np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1) - 2 * a @ b.T, 0.0)
+
+
+def _groups(identity: NDArray) -> tuple[NDArray, Ints, Ints]:
+    """(people, the place of each one's first photo in the order of people, photos of each)."""
+    people, count = np.unique(identity, return_counts=True)
+    return people, np.cumsum(count) - count, count
+
+
+def set_cut(best: Ranked, fpir: float, k: int, *, photos: int = 1, tail: tails.Tail | None = None) -> Cut:
+    """The threshold for an FPIR in a gallery of k, as exact as these searches allow.
+
+    Args:
+      best: searches by calibrate people.
+      fpir: target, at most `best.share`.
+      k: people enrolled; may lie beyond the pool.
+      photos: photos in each of the templates.
+      tail: of the largest gallery that `best` can draw at most as large as k, when it is at hand.
+    """
+    inside = min(k, best.pool)
+    target = fpir if k == inside else fpir * inside / k
+    strangers = len(np.unique(best.who))
+    resolution = metrics.resolvable(target, strangers)
+    if resolution:
+        score = openset.threshold_at_fpir(best, inside, target)
+    else:
+        tail = tail or tails.fit(best, inside)
+        score = tail.threshold(min(target, tail.share))
+    extrapolated = k > inside or not resolution
+    status: Status = "extrapolated" if extrapolated else "printed" if resolution.status == "printed" else "flagged"
+    return Cut(distance=max(0.0, -score), fpir=fpir, k=k, photos=photos, status=status)
+
+
+def sizes(pool: int) -> list[int]:
+    """Gallery sizes that a policy has thresholds for: ten a decade, and the pool itself."""
+    grid = {round(10 ** (i / 10)) for i in range(round(10 * np.log10(LARGEST)) + 1)}
+    return sorted(grid | {pool})
+
+
+def thresholds(
+    emb: ArrayLike,
+    identity: ArrayLike,
+    *,
+    fpirs: Sequence[float] = FPIRS,
+    photos: Sequence[int] = PHOTOS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What `policy.json` holds as "identification": thresholds per FPIR, gallery size and photos of a person.
+
+    Args:
+      emb: [n, d] embeddings of calibrate people.
+      identity: [n] int.
+      fpirs: targets.
+      photos: photos in a template; a number that fewer than 100 of the people have is left out, but for the first.
+      seed: as `everybody`.
+
+    Returns:
+      JSON's types: "people", and "cuts", a list of {"photos", "fpir", "pool", "k": […], "distance": […], "status": […]}.
+      Distances never rise with k, nor as the FPIR falls.
+    """
+    count = _groups(np.asarray(identity))[2]
+    cuts = []
+    for number in photos:
+        if number > min(photos) and int((count >= number).sum()) < 100:
+            continue
+        best = openset.ranked(everybody(emb, identity, photos=number, seed=seed), share=max(*fpirs, tails.SHARE))
+        pool, grid = best.pool, sizes(best.pool)
+        found: dict[float, list[Cut]] = {fpir: [] for fpir in sorted(fpirs, reverse=True)}
+        tail = None
+        for k in grid:
+            if k <= pool:
+                best, tail = best.from_size(k), tails.fit(best, k)
+            for fpir, row in found.items():
+                row.append(set_cut(best, fpir, k, photos=number, tail=tail))
+        # A tail may cross the counts beside it in the last digits: the stricter one goes on.
+        ceiling = np.full(len(grid), np.inf)
+        for fpir, row in found.items():
+            ceiling = np.minimum(ceiling, np.minimum.accumulate([cut.distance for cut in row]))
+            cuts.append({
+                "photos": number, "fpir": fpir, "pool": pool, "k": grid,
+                "distance": ceiling.tolist(), "status": [cut.status for cut in row],
+            })  # fmt: skip
+    return {"people": len(count), "cuts": cuts}
+
+
+def cut_for(policy: Mapping[str, Any] | None, *, fpir: float, k: int, photos: Iterable[int] = (1,)) -> Cut:
+    """The threshold of a checkpoint's policy for a gallery.
+
+    Args:
+      policy: of `Embedder.policy`.
+      fpir: one of those that thresholds were set for.
+      k: people enrolled; the next larger size that has a threshold is taken, at most a quarter more.
+      photos: how many photos the people enrolled have; the strictest of their thresholds is taken.
+
+    Raises:
+      ValueError: the policy has no thresholds for identification, or none for that FPIR or size.
+    """
+    found = (policy or {}).get("identification")
+    if not found:
+        raise ValueError(
+            "the checkpoint has no thresholds for identification: set them on people whom it was not trained on, python "
+            "launch.py identification-report CHECKPOINT --source SOURCE --set-policy, or give a distance: --threshold 0.9."
+        )
+    targets = sorted({cut["fpir"] for cut in found["cuts"]}, reverse=True)
+    if fpir not in targets:
+        there = ", ".join(f"{target:g}" for target in targets)
+        raise ValueError(f"the checkpoint has no threshold for an FPIR of {fpir:g}; it has them for {there}.")
+    known = sorted({cut["photos"] for cut in found["cuts"]})
+    classes = {max([n for n in known if n <= number], default=known[0]) for number in photos} or {known[0]}
+    chosen = []
+    for cut in found["cuts"]:
+        if cut["fpir"] == fpir and cut["photos"] in classes:
+            place = int(np.searchsorted(cut["k"], k))
+            if place == len(cut["k"]):
+                raise ValueError(f"{k:,} people are enrolled, and thresholds are set for {cut['k'][-1]:,} at most.")
+            chosen.append(
+                Cut(distance=cut["distance"][place], fpir=fpir, k=cut["k"][place], photos=cut["photos"],
+                    status=cut["status"][place])
+            )  # fmt: skip
+    return min(chosen, key=lambda cut: cut.distance)
