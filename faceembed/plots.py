@@ -87,6 +87,7 @@ class Line:
       low, high: [n] edges of the band, or None for both.
       band: (x, low, high), [m] each, of a band that has places of its own; or None.
       steps: hold each value until the next x, as a ROC does.
+      hue: place of the line whose colour it shares; None for one of its own.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Line:
     high: ArrayLike | None = None
     band: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None
     steps: bool = False
+    hue: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,8 @@ def lines(
       x_log, y_log: decades; values that are not positive are gaps.
       x_range, y_range: ends of an axis; by default what the data spans, with `y` a little beyond it. Data outside is
         cut off.
-      x_ticks, y_ticks: where → what to write there, for axes on a scale of their own such as normal deviates; by default
+      x_ticks, y_ticks: where → what to write there, for axes on a scale of their own such as normal deviates; by
+      default
         round numbers.
       marks: thresholds, events. A mark outside the axis is left out.
       shade: (from, to, words): a part of the x axis that is drawn as doubtful.
@@ -152,7 +155,8 @@ def lines(
     spans_y = [part for c in curves for part in (c.y, c.low, c.high) if part is not None]
     x_axis = dataclasses.replace(_Axis.over(spans_x, log=x_log, given=x_range, pad=0.0), named=x_ticks)
     y_axis = dataclasses.replace(_Axis.over(spans_y, log=y_log, given=y_range, pad=0.04), named=y_ticks)
-    keys = [(i, c.name) for i, c in enumerate(curves) if c.name] if len(curves) > 1 else []
+    hues = [i if line.hue is None else line.hue for i, line in enumerate(series)]
+    keys = [(hue, c.name) for hue, c in zip(hues, curves, strict=True) if c.name] if len(curves) > 1 else []
     frame = _Frame(title, x_label, y_label, keys, x_axis, y_axis)
     body = []
     if shade is not None:
@@ -160,8 +164,8 @@ def lines(
         if right > left:
             body.append(_path("fe-shade", f"M{_p(left)} {_p(frame.top)}H{_p(right)}V{_p(frame.bottom)}H{_p(left)}z"))
             body.append(frame.words(left + 5, frame.bottom - 8, shade[2], "start"))
-    for i, (line, curve) in enumerate(zip(series, curves, strict=True)):
-        colour = f"fe-c{i % (2 * len(_LIGHT))}"
+    for hue, line, curve in zip(hues, series, curves, strict=True):
+        colour = _colour(hue)
         if line.band is not None:
             edges = _checked(Line(name=line.name, x=line.band[0], y=line.band[1], low=line.band[1], high=line.band[2]))
             assert edges.low is not None and edges.high is not None  # noqa: PT018  (for the type checker)
@@ -533,11 +537,15 @@ def _legend(keys: Sequence[tuple[int, str]]) -> tuple[str, int]:
         if x > 12 and x + wide > WIDTH - 4:
             x, row = 12.0, row + 1
         y = 37 + 16 * row
-        colour = f"fe-c{i % (2 * len(_LIGHT))}"
+        colour = _colour(i)
         parts.append(f'<path class="fe-line fe-swatch {colour}" d="M{_p(x + 1)} {y - 4}h11"/>')
         parts.append(f'<text class="fe-key" x="{_p(x + 18)}" y="{y}">{escape(name)}</text>')
         x += wide
     return "".join(parts), row + 1 if keys else 0
+
+
+def _colour(hue: int) -> str:
+    return f"fe-c{hue % (2 * len(_LIGHT))}"
 
 
 def _path(kind: str, data: str) -> str:

@@ -219,6 +219,13 @@ def test_realised_rates_are_those_asked_for(results):
     assert "not resolvable (needs 3,000)" in str(found)
 
 
+def test_galleries_are_those_that_people_fill():
+    assert protocol._galleries((100, 250, 496), 496) == [100, 250, 496]
+    assert protocol._galleries((100, 250, 496), 272) == [100, 250]  # 272 would say the same as 250
+    assert protocol._galleries((100, 250, 496), 200) == [100, 200]
+    assert protocol._galleries((100, 250), 93) == [93]
+
+
 def test_more_photos_find_more_and_larger_galleries_fewer(results):
     found, _ = results
     at = {(row.k, row.photos): row.tpir.value for row in found.open_set if row.cut.fpir == 0.1}

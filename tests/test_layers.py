@@ -26,7 +26,9 @@ ALLOWED = {
     "page": {"metrics", "plots", "report"},
     "audit": {"audit", "data", "page", "plots", "report"},
     "verification": {"verification", "metrics", "uncertainty", "report"},
-    "identification": {"identification", "metrics", "page", "plots", "report", "uncertainty"},
+    "identification": {
+        "data", "embed", "identification", "mesh", "metrics", "page", "plots", "report", "uncertainty", "verification",
+    },
     "training.diagnostics": {"losses"},
     "training.logs": {"report"},
     "training.transfer": {"encoders"},
@@ -40,8 +42,8 @@ ALLOWED = {
         "training.diagnostics", "training.logs", "training.step", "training.transfer",
     },
     "cli": {
-        "audit", "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "export", "mesh",
-        "page", "preprocess", "report", "training.loop", "verification",
+        "audit", "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "export",
+        "identification", "mesh", "page", "preprocess", "report", "training.loop", "verification",
     },
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "trains an experiment; the same command goes on where it was stopped",
     "verify": "compares verification heads on pairs of photos",
     "align": "finds the face in each photo of a source and writes crops",
+    "identification-report": "how many people can be enrolled, who of them is found, and which strangers are let in",
     "embed": "embeddings of a whole source, as .npz",
     "import-weights": "another project's pretrained network → a checkpoint of ours",
     "export": "a checkpoint → a file that runs without this code",
@@ -21,7 +22,7 @@ COMMANDS = {
 
 HELP = (
     "usage: python launch.py COMMAND …\n\n"
-    + "\n".join(f"  {name:16}{text}" for name, text in COMMANDS.items())
+    + "\n".join(f"  {name:22}{text}" for name, text in COMMANDS.items())
     + "\n\npython launch.py COMMAND --help documents each.\n"
     "A first run, without any download:  python launch.py train quickstart"
 )

@@ -26,3 +26,8 @@ def split_of(people: Sequence[str] | np.ndarray) -> np.ndarray:
     digests = [hashlib.sha256(str(person).encode()).digest()[:8] for person in people]
     place = np.array([int.from_bytes(digest, "big") >> 11 for digest in digests], np.float64) / 2.0**53
     return np.array(names)[np.searchsorted(edges, place, side="right")]
+
+
+def halves_of(people: Sequence[str] | np.ndarray) -> np.ndarray:
+    """[m] bool: one half of any people, by a hash of the name that has nothing to do with `split_of`."""
+    return np.array([hashlib.sha256(f"half {person}".encode()).digest()[0] < 128 for person in people], bool)

@@ -2,7 +2,8 @@
 
     embeddings → who is enrolled, who is a stranger → searches → rates with intervals, at thresholds set on other people
 
-People with one photo are strangers. Where they are fewer than the others, so many of those join them that half of all are
+People with one photo are strangers. Where they are fewer than the others, so many of those join them that half of all
+are
 strangers. Everybody else is enrolled with n photos and searched for with another one; which photos those are is drawn
 several times. Nothing is drawn of galleries: `openset` counts all of them.
 """
@@ -56,7 +57,8 @@ def roles(names: Sequence[str] | NDArray, count: ArrayLike) -> tuple[NDArray[np.
     enrolled = (photos > 1) & ~stranger
     if enrolled.sum() < 2 or not stranger.any():
         raise ValueError(
-            f"{len(photos)} people, {len(several)} of them with two photos or more: at least two people must be enrolled, "
+            f"{len(photos)} people, {len(several)} of them with two photos or more: at least two people must be "
+            "enrolled, "
             "with a photo left to search with, and one must be a stranger."
         )
     return enrolled, stranger
@@ -104,7 +106,8 @@ def draw(
     outside = np.flatnonzero(stranger & (count > 0))
     if len(pool) < 2:
         raise ValueError(
-            f"{len(pool)} people have more than {photos} photos: a pool of two or more of them is needed, who are enrolled "
+            f"{len(pool)} people have more than {photos} photos: a pool of two or more of them is needed, who are "
+            "enrolled "
             f"with {photos} and searched for with another."
         )
     rng = np.random.default_rng(seed)
@@ -219,7 +222,8 @@ class IdentificationResults:
       learning: rows of `open_set` and rank-1 rates on the same people, by photos enrolled.
       planned: FPIR → rows.
       growth: at fixed thresholds, FPIR by gallery size: exact, low, high, naive.
-      tail: of the calibrate people, in a gallery of all of them; `seen` has their best scores with FPIRs, and `stability`
+      tail: of the calibrate people, in a gallery of all of them; `seen` has their best scores with FPIRs, and
+      `stability`
         and `backtests` show how far to believe it.
       let_in: strangers who were taken for somebody, nearest first.
       rivals: other ways to decide, or nothing.
@@ -290,7 +294,8 @@ class IdentificationResults:
                     )
             rows.append(row)
         return (
-            "how many people can be enrolled before so many strangers are let in, and how many of those enrolled are then "
+            "how many people can be enrolled before so many strangers are let in, and how many of those enrolled are "
+            "then "
             "turned away\n(one photo each; ~ extrapolated)\n" + report.table(rows)
         )
 
@@ -328,7 +333,8 @@ def evaluate(
     wanted = list(sizes) or [k for k in (10, 100, 1000, 10_000) if k < most] + [most]
     if max(wanted) > most or min(wanted) < 1:
         raise ValueError(
-            f"galleries of {', '.join(map(str, wanted))} people are asked for, and {most} can be enrolled: they have two "
+            f"galleries of {', '.join(map(str, wanted))} people are asked for, and {most} can be enrolled: they have "
+            "two "
             "photos or more, and are no strangers. Give smaller ones."
         )
     thresholds = _Thresholds(*calibrate, share=max(*fpirs, tails.SHARE), seed=seed)
@@ -344,7 +350,7 @@ def evaluate(
         drawn = first if number == 1 else draw(emb, who, enrolled, stranger, photos=number, draws=draws, seed=seed)
         searches = drawn.searches
         there = len(searches.mated.pool)
-        for k in [k for k in wanted if k < there] + [min(there, max(wanted))]:
+        for k in _galleries(wanted, there):
             for fpir in sorted(fpirs, reverse=True):
                 open_set.append(_open(searches, thresholds.cut(fpir, k, number), k, number))
             closed_set.append(_closed(searches.mated, k, number))
@@ -376,6 +382,14 @@ def evaluate(
         draws=draws,
         warnings=tuple(warnings),
     )  # fmt: skip
+
+
+def _galleries(wanted: Sequence[int], there: int) -> list[int]:
+    """Those that so many people can fill; and all of them, where the largest that they fill is much smaller."""
+    sizes = [k for k in sorted(wanted) if k <= there]
+    if not sizes or (max(wanted) > there and sizes[-1] < 0.8 * there):
+        sizes.append(there)
+    return sizes
 
 
 class _Thresholds:
