@@ -2,9 +2,11 @@
 
     python -m experiments.dlib_policy faceembed/encoders/dlib_policy.json
 
-Writes the policy that `fe.load("dlib")` carries: heads fitted on LFW's View 1 training pairs, thresholds set on all pairs
-of photos of its 4,038 training people (at most 50 of a person), found and aligned by CenterFace. View 1's test people are
-others.
+Writes the policy that `fe.load("dlib")` carries: heads fitted on LFW's View 1 training pairs; thresholds for false
+match
+rates set on all pairs of photos of its 4,038 training people (at most 50 of a person), and for identification by
+everybody
+searching among all others. Faces are found and aligned by CenterFace. View 1's test people are others.
 """
 
 import argparse
@@ -13,6 +15,7 @@ from pathlib import Path
 from faceembed import embed, evaluate, report
 from faceembed.data import pairs
 from faceembed.data.sources import default_data_dir
+from faceembed.verification import dense
 from faceembed.verification.heads import USUAL_HEADS, fit_pairs
 
 
@@ -26,9 +29,10 @@ def main() -> None:
     fitted = evaluate.embed_pairs(embedder, lfw, listed)
     heads = {name: fit_pairs(name, fitted) for name in USUAL_HEADS}
     people = evaluate.bounded(pairs.load_people("all:lfw:dev_train", data_dir=options.data_dir))
-    calibrated = evaluate.compare_photos(embedder, people, heads, fmrs=evaluate.POLICY_FMRS)
+    emb, _ = evaluate.embed_photos(embedder, people)
+    calibrated = dense.compare_all(emb, people.people[people.identity], heads, fmrs=evaluate.POLICY_FMRS)
     print(calibrated)
-    report.write_json(options.out, evaluate.make_policy(embedder, people, heads, calibrated))
+    report.write_json(options.out, evaluate.make_policy(embedder, people, heads, calibrated, (emb, people.identity)))
     print(f"written: {options.out}")
 
 

@@ -24,6 +24,7 @@ _NAMES = {
     "pair_logistic_loss": ("faceembed.losses", "pair_logistic_loss"),
     "train": ("faceembed.training.loop", "train"),
     "verify": ("faceembed.verification", None),
+    "identify": ("faceembed.identification", None),
     "metrics": ("faceembed.metrics", None),
 }
 

@@ -127,6 +127,12 @@ class Embedder:
         return self.preprocess.size
 
     @property
+    def dim(self) -> int:
+        """d, the length of an embedding."""
+        image = jax.ShapeDtypeStruct((1, self.size, self.size, 3), np.uint8)
+        return int(jax.eval_shape(self.embed, self.variables, image).shape[1])
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the variables: embeddings of two checkpoints are comparable only if it is one."""
         return checkpoint.fingerprint(self.variables)

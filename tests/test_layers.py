@@ -27,7 +27,7 @@ ALLOWED = {
     "audit": {"audit", "data", "page", "plots", "report"},
     "verification": {"verification", "metrics", "uncertainty", "report"},
     "identification": {
-        "data", "embed", "identification", "mesh", "metrics", "page", "plots", "report", "uncertainty", "verification",
+        "data", "embed", "identification", "mesh", "metrics", "page", "plots", "preprocess", "report", "uncertainty",
     },
     "training.diagnostics": {"losses"},
     "training.logs": {"report"},
@@ -35,7 +35,9 @@ ALLOWED = {
     "training.step": {"mesh", "training.diagnostics", "training.transfer"},
     "checkpoint": {"config", "report", "training.step"},
     "embed": {"checkpoint", "config", "data", "encoders", "preprocess", "verification"},
-    "evaluate": {"faceembed", "checkpoint", "data", "embed", "metrics", "page", "report", "verification"},
+    "evaluate": {
+        "faceembed", "checkpoint", "data", "embed", "identification", "metrics", "page", "report", "verification",
+    },
     "export": {"faceembed", "data", "embed", "encoders"},
     "training.loop": {
         "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "report",

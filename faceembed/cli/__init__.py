@@ -12,6 +12,10 @@ COMMANDS = {
     "train": "trains an experiment; the same command goes on where it was stopped",
     "verify": "compares verification heads on pairs of photos",
     "align": "finds the face in each photo of a source and writes crops",
+    "enroll": "people into a gallery, from one photo each or several",
+    "claim": "is this the person they say?  yes, no, or cannot tell",
+    "identify": "who is this, of the people enrolled?  or not recognized",
+    "gallery": "list, delete, rename, export and import the people of a gallery",
     "identification-report": "how many people can be enrolled, who of them is found, and which strangers are let in",
     "embed": "embeddings of a whole source, as .npz",
     "import-weights": "another project's pretrained network → a checkpoint of ours",
@@ -60,7 +64,8 @@ def main(arguments: list[str]) -> int:
       arguments: what stands after `launch.py`.
 
     Returns:
-      Exit status: 0, or 1 after an error, 2 after a command line that cannot be read, 130 after Ctrl-C.
+      Exit status: 0, or 1 after an error, 2 after a command line that cannot be read, 130 after Ctrl-C. `claim` has 0
+      for yes, 3 for no and 4 for cannot tell.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # `nohup … > log &` shows each line when it is printed
@@ -77,7 +82,7 @@ def main(arguments: list[str]) -> int:
         print(HELP, file=sys.stderr)
         return 2
     try:
-        importlib.import_module(f"faceembed.cli.{name.replace('-', '_')}").run(rest)
+        status = importlib.import_module(f"faceembed.cli.{name.replace('-', '_')}").run(rest)
     except KeyboardInterrupt:
         again = " The same command goes on from the last checkpoint." if name == "train" else ""
         print(f"\nstopped.{again}", file=sys.stderr)
@@ -92,4 +97,4 @@ def main(arguments: list[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0

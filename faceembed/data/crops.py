@@ -14,7 +14,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -62,6 +62,9 @@ CANVAS = 1.5
 
 SMALL = 56
 """A face lower than this many of the detector's pixels is looked at again, enlarged: its landmarks are coarse."""
+
+LOOKS = (224, 640, 1280, 2560)
+"""Sizes in which a group photo is looked at, its longer side in pixels, up to the first in which it is not reduced."""
 
 DETECTORS: dict[str, Callable[[np.ndarray], list[Face]]] = {
     "centerface": align.detect,
@@ -130,11 +133,54 @@ def find(photo: np.ndarray, aligner: Aligner) -> Found:
         seen = 640
         faces = align.detect(photo, long_side=seen)
     face = align.choose(faces, photo.shape, aligner.face)
-    if face is not None:
-        height = float(face.box[3] - face.box[1])
-        if height * seen / max(photo.shape[:2]) < SMALL and height < 0.4 * max(photo.shape[:2]):
-            face = _again(photo, face) or face
+    if face is not None and _coarse(photo, face, seen):
+        face = _again(photo, face) or face
     return Found(faces=len(faces), face=face)
+
+
+def find_all(photo: np.ndarray, aligner: Aligner) -> list[Face]:
+    """Every face of a photo, largest first; none is an empty list. The aligner's `face` and `missed` do not count.
+
+    CenterFace looks at the photo in each size of `LOOKS`, since it finds faces of some 20 to 300 of its own pixels. A face
+    that it sees in several is one face: the surest stays, after each small one was looked at again as `find` does.
+
+    Raises:
+      ImportError: the detector is not installed.
+      ValueError: not a photo.
+    """
+    if aligner.detector != "centerface":
+        return _each_once(DETECTORS[aligner.detector](photo))
+    faces: list[Face] = []
+    for seen in LOOKS:
+        for face in align.detect(photo, long_side=seen):
+            faces.append((_again(photo, face) or face) if _coarse(photo, face, seen) else face)
+        if seen >= max(photo.shape[:2]):
+            break
+    return _each_once(faces)
+
+
+def _each_once(faces: Sequence[Face]) -> list[Face]:
+    """Largest first, each face once: of boxes that share most of the smaller one, or a third of both, the surest stays."""
+    kept: list[Face] = []
+    for face in sorted(faces, key=lambda face: -face.score):
+        if not any(_one_face(face.box, other.box) for other in kept):
+            kept.append(face)
+    return sorted(kept, key=lambda face: -_area(face.box))
+
+
+def _one_face(a: np.ndarray, b: np.ndarray) -> bool:
+    shared = _area(np.concatenate([np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])]))
+    return shared >= 0.3 * (_area(a) + _area(b) - shared) or shared >= 0.6 * min(_area(a), _area(b))
+
+
+def _area(box: np.ndarray) -> float:
+    return float(np.prod(np.maximum(box[2:] - box[:2], 0)))
+
+
+def _coarse(photo: np.ndarray, face: Face, seen: int) -> bool:
+    """Whether a face was so small in what the detector saw, the photo's longer side in `seen` pixels, that its landmarks
+    are coarse."""
+    return float(face.box[3] - face.box[1]) * seen / max(photo.shape[:2]) < SMALL
 
 
 def _again(photo: np.ndarray, face: Face) -> Face | None:

@@ -86,6 +86,10 @@ class NonMated:
         """Distinct people who search."""
         return len(np.unique(self.who))
 
+    def searches(self, k: int) -> int:
+        """Searches that share no comparison: strangers times the disjoint galleries of k that the pool holds, at least 1."""
+        return self.strangers * max(1, int(self.sizes.min()) // k)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Mated:
@@ -338,6 +342,10 @@ class Ranked:
     def pool(self) -> int:
         """People that every search meets at least: larger galleries are extrapolations."""
         return int(self.sizes.min())
+
+    def searches(self, k: int) -> int:
+        """As `NonMated.searches`."""
+        return len(np.unique(self.who)) * max(1, self.pool // k)
 
     def weights(self, k: int) -> Floats:
         """[n] share of searches in galleries of k whose best score is this one.

@@ -183,7 +183,7 @@ def _open(results: IdentificationResults) -> str:
         flagged |= row.status == "flagged"
         resolved = row.status != "unresolvable"
         mark = "~" if row.status == "flagged" else ""
-        needs = f"-<small>needs\u00a0{row.needs:,} strangers</small>"
+        needs = f"-<small>needs\u00a0{row.needs:,} searches</small>"
         rows.append([
             f"{row.k:,}", str(row.photos), f"{100 * row.cut.fpir:g}\u00a0%", _cell(row.fpir, mark) if resolved else needs,
             _cell(row.tpir) if resolved else "-",
@@ -213,7 +213,7 @@ def _open(results: IdentificationResults) -> str:
         "searches by strangers, not comparisons. Rates are means over all galleries of that size that these people "
         "make, with 95 % "
         "intervals over people; the threshold was set on others."
-        + (" ~ rests on 10 to 30 strangers." if flagged else "")
+        + (" ~ rests on 10 to 30 expected events." if flagged else "")
     )
     return figures + page.table(names, rows, wide=True) + f'<p class="small">{_e(notes)}</p>'
 

@@ -1,8 +1,10 @@
 """Thresholds for a target FPIR and a gallery's size, set on calibrate people; they travel in a checkpoint's policy.json.
 
-Everybody searches among all others, with photos of their own: the scores are exact for every gallery size up to the people
+Everybody searches among all others, with photos of their own: the scores are exact for every gallery size up to the
+people
 there are (`openset`). Where they do not resolve the FPIR, a tail is fitted (`tails`); beyond the people there are, the
-threshold is that of FPIR · M/K in a gallery of M, which FPIR(K, T) cannot exceed in expectation: K people are K/M galleries
+threshold is that of FPIR · M/K in a gallery of M, which FPIR(K, T) cannot exceed in expectation: K people are K/M
+galleries
 of M. Such thresholds are marked "extrapolated".
 
 A threshold is a squared Euclidean distance: a search is answered with whoever is at most so far.
@@ -25,10 +27,10 @@ __all__ = ["FPIRS", "Cut", "cut_for", "everybody", "pooled", "set_cut", "thresho
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Status = Literal["printed", "flagged", "extrapolated"]
+Status = Literal["printed", "flagged", "extrapolated", "given"]
 
-FPIRS = (0.1, 0.01, 0.001)
-"""For which a policy holds thresholds."""
+FPIRS = (0.1, 0.01, 0.001, 0.0001)
+"""For which a policy holds thresholds; among one person enrolled they are false match rates."""
 
 PHOTOS = (1, 2, 5)
 """Photos an enrolled person may have: a mean of several is nearer to its person, and its thresholds are others."""
@@ -49,8 +51,9 @@ class Cut:
       fpir: share of the searches by strangers that are answered with somebody, at most.
       k: people enrolled that it was set for.
       photos: photos of each.
-      status: "printed" and "flagged" as `metrics.resolvable` says of the strangers behind it; "extrapolated" by a model or
-        beyond the people there were.
+      status: "printed" and "flagged" as `metrics.resolvable` says of the searches behind it; "extrapolated" by a model
+      or
+        beyond the people there were; "given" by the caller, and then `fpir` is NaN.
     """
 
     distance: float
@@ -146,8 +149,7 @@ def set_cut(best: Ranked, fpir: float, k: int, *, photos: int = 1, tail: tails.T
     """
     inside = min(k, best.pool)
     target = fpir if k == inside else fpir * inside / k
-    strangers = len(np.unique(best.who))
-    resolution = metrics.resolvable(target, strangers)
+    resolution = metrics.resolvable(target, best.searches(inside))
     if resolution:
         score = openset.threshold_at_fpir(best, inside, target)
     else:
@@ -182,7 +184,8 @@ def thresholds(
       seed: as `everybody`.
 
     Returns:
-      JSON's types: "people", and "cuts", a list of {"photos", "fpir", "pool", "k": […], "distance": […], "status": […]}.
+      JSON's types: "people", and "cuts", a list of {"photos", "fpir", "pool", "k": […], "distance": […], "status":
+      […]}.
       Distances never rise with k, nor as the FPIR falls.
     """
     count = _groups(np.asarray(identity))[2]
@@ -205,7 +208,9 @@ def thresholds(
             ceiling = np.minimum(ceiling, np.minimum.accumulate([cut.distance for cut in row]))
             cuts.append({
                 "photos": number, "fpir": fpir, "pool": pool, "k": grid,
-                "distance": ceiling.tolist(), "status": [cut.status for cut in row],
+                "distance": (np.floor(1e6 * ceiling) / 1e6).tolist(),  # rounded to the stricter side
+                "printed_to": max((cut.k for cut in row if cut.status == "printed"), default=0),
+                "flagged_to": max((cut.k for cut in row if cut.status != "extrapolated"), default=0),
             })  # fmt: skip
     return {"people": len(count), "cuts": cuts}
 
@@ -225,8 +230,10 @@ def cut_for(policy: Mapping[str, Any] | None, *, fpir: float, k: int, photos: It
     found = (policy or {}).get("identification")
     if not found:
         raise ValueError(
-            "the checkpoint has no thresholds for identification: set them on people whom it was not trained on, python "
-            "launch.py identification-report CHECKPOINT --source SOURCE --set-policy, or give a distance: --threshold 0.9."
+            "the checkpoint has no thresholds for identification: set them on people whom it was not trained on, "
+            "python "
+            "launch.py identification-report CHECKPOINT --source SOURCE --set-policy, or give a distance: --threshold "
+            "0.9."
         )
     targets = sorted({cut["fpir"] for cut in found["cuts"]}, reverse=True)
     if fpir not in targets:
@@ -240,8 +247,9 @@ def cut_for(policy: Mapping[str, Any] | None, *, fpir: float, k: int, photos: It
             place = int(np.searchsorted(cut["k"], k))
             if place == len(cut["k"]):
                 raise ValueError(f"{k:,} people are enrolled, and thresholds are set for {cut['k'][-1]:,} at most.")
-            chosen.append(
-                Cut(distance=cut["distance"][place], fpir=fpir, k=cut["k"][place], photos=cut["photos"],
-                    status=cut["status"][place])
-            )  # fmt: skip
+            size = cut["k"][place]
+            status: Status = (
+                "printed" if size <= cut["printed_to"] else "flagged" if size <= cut["flagged_to"] else "extrapolated"
+            )
+            chosen.append(Cut(distance=cut["distance"][place], fpir=fpir, k=size, photos=cut["photos"], status=status))
     return min(chosen, key=lambda cut: cut.distance)

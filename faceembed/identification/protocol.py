@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from faceembed import metrics, report
 from faceembed.identification import openset, tails
 from faceembed.identification.openset import Mated, NonMated, Ranked, Rate, Searches
-from faceembed.identification.policy import FPIRS, Cut, everybody, pooled, set_cut, squared_distances
+from faceembed.identification.policy import Cut, everybody, pooled, set_cut, squared_distances
 
 __all__ = ["ClosedSet", "IdentificationResults", "LetIn", "OpenSet", "Planned", "draw", "evaluate", "roles"]
 
@@ -143,8 +143,9 @@ class OpenSet:
       fpir: realised by these strangers.
       tpir: enrolled people found: their own name first, and at or above the threshold; 1 - FNIR(K, R=1, T).
       strangers, people: who searched.
-      status: whether these strangers resolve the target: "printed", "flagged", "unresolvable".
-      needs: strangers from which it would be printed.
+      status: whether the strangers' searches that share no comparison resolve the target: "printed", "flagged",
+        "unresolvable".
+      needs: searches from which it would be printed.
     """
 
     k: int
@@ -306,7 +307,7 @@ def _shown(rate: Rate) -> str:
 
 def evaluate(
     emb: ArrayLike, identity: ArrayLike, names: Sequence[str] | NDArray, calibrate: tuple[ArrayLike, ArrayLike], *,
-    sizes: Sequence[int] = (), photos: Sequence[int] = PHOTOS, fpirs: Sequence[float] = FPIRS, draws: int = 5,
+    sizes: Sequence[int] = (), photos: Sequence[int] = PHOTOS, fpirs: Sequence[float] = (0.1, 0.01, 0.001), draws: int = 5,
     seed: int = 0,
 ) -> IdentificationResults:  # fmt: skip
     """Identification of these people at thresholds that were set on others.
@@ -440,7 +441,7 @@ def _seen(best: Ranked, k: int) -> tuple[list[float], list[float]]:
 
 
 def _open(searches: Searches, cut: Cut, k: int, photos: int) -> OpenSet:
-    resolution = metrics.resolvable(cut.fpir, searches.non_mated.strangers)
+    resolution = metrics.resolvable(cut.fpir, searches.non_mated.searches(k))
     return OpenSet(
         k=k, photos=photos, cut=cut, fpir=openset.fpir(searches.non_mated, k, -cut.distance),
         tpir=openset.tpir(searches.mated, k, -cut.distance), strangers=searches.non_mated.strangers,

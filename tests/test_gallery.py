@@ -1,0 +1,513 @@
+"""Enrolment, claims and identification: by a stand-in for an encoder, and the commands from end to end."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from faceembed import cli
+from faceembed.data.align import Face
+from faceembed.identification import faces, policy
+from faceembed.identification.gallery import Gallery
+from faceembed.identification.quality import Limits
+from faceembed.preprocess import Preprocess
+from faceembed.verification.heads import Head
+
+LENIENT = Limits(face=0.0, sharpness=0.0)
+
+HEAD = Head(
+    name="logistic_distance", feature="squared_distance", weight=(-4.0,), intercept=3.0, threshold=0.0, calibrated=True,
+    dim=8,
+)  # fmt: skip
+
+
+def a_policy(distances: dict[int, float], k: tuple[int, ...] = (1, 10, 1000)) -> dict:
+    """Thresholds for an FPIR of 0.01 by photos of a person: the given distance for one enrolled, less for more."""
+    cuts = [
+        {
+            "photos": photos, "fpir": 0.01, "pool": 100, "k": list(k), "distance": [d / (1 + i) for i in range(len(k))],
+            "printed_to": 10, "flagged_to": 10,
+        }
+        for photos, d in distances.items()
+    ]  # fmt: skip
+    return {"heads": {"logistic_distance": HEAD.to_dict()}, "identification": {"people": 100, "cuts": cuts}}
+
+
+@dataclasses.dataclass
+class Embedder:
+    """Eight means of a crop's parts, of unit length: photos that look alike are near each other."""
+
+    fingerprint: str = "a" * 64
+    policy: dict | None = dataclasses.field(default_factory=lambda: a_policy({1: 0.1, 2: 0.06}))
+    preprocess: Preprocess = dataclasses.field(default_factory=lambda: Preprocess(size=16))
+    dim: int = 8
+    calls: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return self.preprocess.size
+
+    def __call__(self, images):
+        assert images.dtype == np.uint8
+        assert images.shape[1:] == (16, 16, 3)
+        self.calls.append(len(images))
+        x = images.reshape(len(images), 8, -1).astype(np.float64).mean(axis=2) - 127.5
+        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def photo(person: int, take: int = 0) -> np.ndarray:
+    """uint8 [32, 32, 3]: bands of a person's own, with a little noise that no other take has."""
+    bands = np.random.default_rng(person).integers(0, 256, (8, 1))
+    pixels = np.repeat(np.repeat(bands, 4, axis=0), 32 * 3, axis=1).reshape(32, 32, 3)
+    noise = np.random.default_rng([person, take]).normal(0, 12, (32, 32, 3))
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+
+
+def opened(where, **changes) -> Gallery:
+    embedder = changes.pop("embedder", None) or Embedder()
+    return Gallery(where, embedder, framing="tight", limits=LENIENT, **changes)
+
+
+# ---- enrolment ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_photo_is_enough_and_others_are_not_recognized(tmp_path):
+    with opened(tmp_path / "g") as gallery:
+        for person in range(5):
+            gallery.enroll(f"p{person}", photo(person))
+        for person in range(5):
+            found = gallery.identify(photo(person, 1))
+            assert (found.answer, found.name, found.enrolled) == (f"p{person}", f"p{person}", 5)
+        stranger = gallery.identify(photo(77))
+        assert (stranger.answer, stranger.name) == ("not recognized", None)
+        assert len(stranger.candidates) == 5
+        far = [c.distance for c in stranger.candidates]
+        assert far == sorted(far)
+    with opened(tmp_path / "g") as again:  # another process's view
+        assert again.names() == [f"p{i}" for i in range(5)]
+        assert again.identify(photo(3, 9)).name == "p3"
+
+
+def test_scores_are_those_of_the_checkpoints_head(tmp_path):
+    with opened(tmp_path / "g") as gallery:
+        entry = gallery.enroll("ann", photo(1))
+        found = gallery.identify(photo(1, 1)).candidates[0]
+        emb = gallery.embedder(
+            np.stack([faces.look(photo(1, 1), gallery.embedder.preprocess, framing="tight")[0].crop])
+        )
+        assert found.llr == pytest.approx(float(HEAD.score(emb, entry.pooled[None])[0]), abs=1e-5)
+        assert found.distance == pytest.approx(float(np.square(emb[0] - entry.pooled).sum()), abs=1e-6)
+        claim = gallery.verify("ann", photo(1, 1), fmr=0.01)
+        assert (claim.distance, claim.llr) == pytest.approx((found.distance, found.llr), abs=1e-5)
+        gallery.embedder.policy = a_policy({1: 0.1}) | {"heads": {}}
+        assert gallery.identify(photo(1, 1)).candidates[0].llr is None
+
+
+def test_the_threshold_is_for_this_many_people_with_so_many_photos(tmp_path):
+    with opened(tmp_path / "g") as gallery:
+        gallery.enroll("p0", photo(0))
+        one = gallery.identify(photo(0)).cut
+        assert (one.k, one.photos, one.distance, one.status) == (1, 1, 0.1, "printed")
+        for person in range(1, 11):
+            gallery.enroll(f"p{person}", photo(person))
+        many = gallery.identify(photo(0)).cut
+        assert (many.k, many.distance, many.status) == (1000, pytest.approx(0.1 / 3), "extrapolated")
+        gallery.enroll("p0", photo(0, 1), if_there="add")
+        mixed = gallery.identify(photo(0)).cut
+        assert (mixed.photos, mixed.distance) == (2, pytest.approx(0.06 / 3))  # the strictest of those enrolled
+        # A claim is about one person, whatever the gallery holds.
+        assert gallery.verify("p3", photo(3), fmr=0.01).cut.distance == 0.1
+        assert gallery.verify("p0", photo(0), fmr=0.01).cut.distance == 0.06
+
+
+def test_somebody_exactly_at_the_threshold_is_let_in(tmp_path):
+    with opened(tmp_path / "g") as gallery:
+        gallery.enroll_embeddings("ann", np.eye(8)[0])
+        probe = np.array([0.8, 0.6, 0, 0, 0, 0, 0, 0], np.float32)
+        distance = gallery.identify_embeddings(probe[None], distance=9.0)[0].candidates[0].distance
+        assert gallery.identify_embeddings(probe[None], distance=distance)[0].name == "ann"
+        below = float(np.nextafter(distance, 0))
+        found = gallery.identify_embeddings(probe[None], distance=below)[0]
+        assert found.name is None
+        assert found.cut.status == "given"
+        with pytest.raises(ValueError, match="squared distance above 0"):
+            gallery.identify_embeddings(probe[None], distance=0.0)
+
+
+def test_claims_are_answered_with_yes_no_or_cannot_tell(tmp_path):
+    with opened(tmp_path / "g") as gallery:
+        gallery.enroll("ann", photo(1))
+        gallery.enroll("bob", photo(2))
+        assert gallery.verify("ann", photo(1, 1), fmr=0.01)
+        no = gallery.verify("ann", photo(2, 1), fmr=0.01)
+        assert (no.answer, bool(no)) == ("no", False)
+        assert no.cut.fpir == 0.01
+        with pytest.raises(ValueError, match="Did you mean ann"):
+            gallery.verify("anm", photo(1))
+        with pytest.raises(ValueError, match=r"FPIR of 0.5; it has them for 0.01"):
+            gallery.verify("ann", photo(1), fmr=0.5)
+    with Gallery(tmp_path / "g", Embedder(), framing="tight", limits=Limits(face=64.0, sharpness=0.0)) as strict:
+        unsure = strict.verify("ann", photo(1, 1), fmr=0.01)
+        assert (unsure.answer, unsure.distance) == ("cannot tell", None)
+        assert "16 px high, at least 64" in unsure.reason
+        found = strict.identify(photo(1, 1))
+        assert (found.answer, found.candidates) == ("cannot tell", ())
+        with pytest.raises(ValueError, match=r"cid was not enrolled: .* 16 px high, at least 64"):
+            strict.enroll("cid", photo(3))
+        assert len(strict) == 2
+
+
+def test_several_photos_are_pooled_and_stay(tmp_path):
+    with opened(tmp_path / "g") as gallery:
+        entry = gallery.enroll("ann", [photo(1, take) for take in range(3)])
+        assert len(entry.templates) == 3
+        vectors = np.stack([t.vector for t in entry.templates])
+        weights = np.array([t.quality for t in entry.templates])
+        np.testing.assert_allclose(entry.pooled, policy.pooled(vectors, weights), rtol=1e-6)
+        stored = gallery.store.get("ann")
+        np.testing.assert_array_equal(stored.templates[2].vector, entry.templates[2].vector)
+
+
+def test_another_checkpoint_or_framing_is_refused(tmp_path):
+    opened(tmp_path / "g").close()
+    with pytest.raises(ValueError, match="aaaaaaaaaaaa there, bbbbbbbbbbbb now"):
+        opened(tmp_path / "g", embedder=Embedder(fingerprint="b" * 64))
+    with pytest.raises(ValueError, match="framing tight, portrait 16 px"):
+        Gallery(tmp_path / "g", Embedder(), framing="celeba")
+    with pytest.raises(FileNotFoundError, match="launch.py enroll"):
+        opened(tmp_path / "nowhere", create=False)
+
+
+def test_a_policy_without_identification_says_what_to_do(tmp_path):
+    with opened(tmp_path / "g", embedder=Embedder(policy=None)) as gallery:
+        gallery.enroll("ann", photo(1))
+        with pytest.raises(ValueError, match="--set-policy, or give a distance"):
+            gallery.identify(photo(1))
+        assert gallery.identify(photo(1, 1), distance=0.1).name == "ann"
+
+
+def test_an_empty_gallery_recognises_nobody(tmp_path):
+    with opened(tmp_path / "g") as gallery:
+        with pytest.raises(ValueError, match="the gallery is empty"):
+            gallery.identify(photo(1))
+        with pytest.raises(ValueError, match="nobody is"):
+            gallery.verify("ann", photo(1))
+
+
+def test_many_are_enrolled_in_batches_and_the_bad_are_told(tmp_path):
+    corrupt = tmp_path / "torn.jpg"
+    corrupt.write_bytes(b"\xff\xd8\xff\xe0 no image")
+    people = {f"p{i}": [photo(i)] for i in range(40)}
+    with opened(tmp_path / "g") as gallery:
+        enrolled, refused = gallery.enroll_people(people | {"torn": [corrupt], "p3": [photo(3), corrupt]})
+        assert gallery.embedder.calls == [40]  # one batch, not forty
+        assert len(enrolled) == len(gallery) == 40
+        assert [(name, file) for name, file, _ in refused] == [("p3", "torn.jpg"), ("torn", "torn.jpg")]
+        assert all("no whole image" in why for _, _, why in refused)
+        # Somebody is there already: nothing is embedded, nothing written.
+        with pytest.raises(ValueError, match=r"1 of 2 people are in the gallery already, such as 'p7'"):
+            gallery.enroll_people({"new": [photo(90)], "p7": [photo(7)]})
+        assert len(gallery) == 40
+        assert gallery.embedder.calls == [40]
+        with pytest.raises(ValueError, match="spelled alike"):
+            gallery.enroll_people({"Zoe\u0308": [photo(1)], "Zo\u00eb": [photo(1)]})
+
+
+def test_photos_that_do_not_read_are_answered_and_not_raised(tmp_path):
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(b"nothing")
+    with opened(tmp_path / "g") as gallery:
+        gallery.enroll("ann", photo(1))
+        (good,), (bad,), (gone,) = gallery.identify_photos([photo(1, 1), torn, tmp_path / "gone.jpg"])
+        assert good.name == "ann"
+        assert (bad.answer, bad.photo) == ("cannot tell", "torn.png")
+        assert "no whole image" in bad.reason
+        assert "gone.jpg" in gone.reason
+
+
+def test_strangers_are_let_in_as_rarely_as_asked_for(tmp_path):
+    """Thresholds set on some people hold for a gallery of others: the rate of wrong names is the one asked for."""
+    rng = np.random.default_rng(0)
+
+    def unit(n):
+        x = rng.normal(size=(n, 8))
+        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+    calibrate = unit(1500)
+    embedder = Embedder(
+        policy={"identification": policy.thresholds(calibrate, np.arange(1500), fpirs=(0.1,), photos=(1,))}
+    )
+    with opened(tmp_path / "g", embedder=embedder) as gallery:
+        rates = []
+        for name, vector in enumerate(unit(50)):
+            gallery.enroll_embeddings(f"p{name}", vector)
+        for _ in range(4):
+            found = gallery.identify_embeddings(unit(500), fpir=0.1)
+            rates.append(np.mean([answer.name is not None for answer in found]))
+        assert found[0].cut.k == 50
+        assert 0.06 < np.mean(rates) < 0.14
+
+
+def test_people_are_renamed_and_removed(tmp_path):
+    with opened(tmp_path / "g") as gallery:
+        gallery.enroll("ann", photo(1))
+        gallery.enroll("bob", photo(2))
+        gallery.rename("ann", "Anna")
+        assert gallery.identify(photo(1, 1)).name == "Anna"
+        gallery.remove("Anna")
+        assert gallery.identify(photo(1, 1)).name is None
+        assert gallery.names() == ["bob"]
+        with pytest.raises(ValueError, match="already"):
+            gallery.enroll("bob", photo(3))
+        gallery.enroll("bob", photo(3), if_there="replace")
+        assert gallery.identify(photo(3, 1)).name == "bob"
+
+
+def test_embeddings_come_with_their_photos_or_not_at_all(tmp_path):
+    with opened(tmp_path / "g") as gallery:
+        entry = gallery.enroll_embeddings("ann", np.eye(8)[:2], photos=["a", "b"], quality=[0.5, 1.0])
+        assert [(t.photo, t.quality) for t in entry.templates] == [("a", 0.5), ("b", 1.0)]
+        with pytest.raises(ValueError, match="2 embeddings, 1 photos and 2 qualities"):
+            gallery.enroll_embeddings("bob", np.eye(8)[:2], photos=["a"])
+        with pytest.raises(ValueError, match="have 7 numbers, and the gallery's have 8"):
+            gallery.enroll_embeddings("bob", np.ones(7))
+
+
+# ---- faces of a photo --------------------------------------------------------------------------------------------------
+
+
+def face(left: float, height: float, score: float = 0.9) -> Face:
+    places = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]])
+    return Face(box=np.array([left, 0, left + height, height]), landmarks=places * height + [left, 0], score=score)
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What the detector finds, to be filled by a test."""
+    there: list[Face] = []
+    monkeypatch.setattr(faces.crops, "find_all", lambda pixels, aligner: sorted(there, key=lambda f: -f.box[3]))
+    monkeypatch.setattr(faces.crops, "require", lambda detector: None)
+    return there
+
+
+def test_a_photo_to_enrol_shows_one_face(found):
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 300, 3), np.uint8)
+    pre = Preprocess(size=16)
+    assert faces.look(pixels, pre, which="only")[0].trouble == "no face was found"
+    found.append(face(0, 80))
+    assert faces.look(pixels, pre, which="only", limits=LENIENT)[0].trouble is None
+    found.append(face(100, 39))  # less than half as high: somebody behind
+    shot = faces.look(pixels, pre, which="only", limits=LENIENT)[0]
+    assert shot.trouble is None
+    assert shot.box.tolist() == [0, 0, 80, 80]
+    found.append(face(200, 41))
+    assert faces.look(pixels, pre, which="only")[0].trouble.startswith("2 faces were found")
+    assert faces.look(pixels, pre, which="largest", limits=LENIENT)[0].box.tolist() == [0, 0, 80, 80]
+    every = faces.look(pixels, pre, which="all", limits=Limits(face=40.0, sharpness=0.0))
+    assert [shot.box[3] for shot in every] == [80, 41, 39]
+    assert every[2].trouble == "the face is 39 px high, at least 40 are needed"
+    assert [shot.trouble for shot in every[:2]] == [None, None]
+
+
+def test_crops_are_drawn_by_landmarks_into_the_encoders_template(found):
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 300, 3), np.uint8)
+    found += [face(10, 80), face(150, 60)]
+    pre = Preprocess(size=16)
+    aligner = faces.crops.Aligner(template="portrait", size=16)
+    for shot, expected in zip(faces.look(pixels, pre, which="all", limits=LENIENT), found, strict=True):
+        drawn = faces.crops.draw(pixels, faces.crops.place(expected, aligner), 16)
+        np.testing.assert_array_equal(shot.crop, drawn)
+
+
+def test_a_framing_takes_its_square_whatever_it_shows():
+    pixels = np.zeros((250, 250, 3), np.uint8)
+    pixels[127 - 70 : 127 + 70, 125 - 70 : 125 + 70] = 200
+    (shot,) = faces.look(pixels, Preprocess(size=16), framing="lfw", limits=LENIENT)
+    assert shot.crop[2:-2, 2:-2].min() == 200
+    (tight,) = faces.look(pixels, Preprocess(size=16), framing="tight", limits=LENIENT)
+    assert tight.crop[0, 0].tolist() == [0, 0, 0]
+
+
+# ---- the commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launch(monkeypatch, capsys, found):
+    """Runs a command with the stand-in for an encoder; every photo shows one face, all of it."""
+    monkeypatch.setattr("faceembed.cli.embed.load", lambda checkpoint: Embedder())
+    for command in ("enroll", "claim", "identify"):
+        monkeypatch.setattr(f"faceembed.cli.{command}.load", lambda checkpoint: Embedder(), raising=False)
+    monkeypatch.setattr("faceembed.identification.quality.LIMITS", LENIENT)
+    monkeypatch.setattr(faces, "look", lambda *a, **k: faces_look(*a, **{**k, "limits": LENIENT}))
+
+    def run(*arguments) -> tuple[int, str, str]:
+        status = cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+faces_look = faces.look
+
+
+def saved(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_a_session_from_enrolment_to_deletion(tmp_path, launch):
+    for person in range(3):
+        saved(tmp_path / "people" / f"p{person}.png", photo(person))
+    shared = ("--gallery", tmp_path / "g")
+    status, out, _ = launch(
+        "enroll", "run", tmp_path / "people", *shared, "--framing", "tight", "--json", tmp_path / "e"
+    )
+    assert status == 0
+    assert "3 enrolled; 3 people in all" in out
+    assert [row["name"] for row in json.loads((tmp_path / "e").read_text())["enrolled"]] == ["p0", "p1", "p2"]
+    mine, other = saved(tmp_path / "mine.png", photo(1, 1)), saved(tmp_path / "other.png", photo(50))
+    claim = ("claim", "run", *shared, "--framing", "tight", "--fmr", 0.01, "--name")
+    status, out, _ = launch(*claim, "p1", mine)
+    assert status == 0
+    assert out.startswith("yes: this is p1 (squared distance")
+    assert "for a false match rate of 1 %" in out
+    status, out, _ = launch(*claim, "p1", other, "--json", tmp_path / "c")
+    assert status == 3
+    assert out.startswith("no: this is not shown to be p1")
+    assert json.loads((tmp_path / "c").read_text())["answer"] == "no"
+    status, out, _ = launch("identify", "run", *shared, "--framing", "tight", mine)
+    assert (status, out.splitlines()[0]) == (0, "p1")
+    status, out, _ = launch("identify", "run", *shared, "--framing", "tight", other)
+    assert (status, out.splitlines()[0]) == (0, "not recognized")
+    status, out, _ = launch("gallery", "delete", "p1", *shared)
+    assert (status, out) == (0, "p1: deleted; 2 people are left\n")
+    status, out, _ = launch("identify", "run", *shared, "--framing", "tight", mine)
+    assert out.splitlines()[0] == "not recognized"
+    status, out, _ = launch("gallery", "list", *shared, "--json", tmp_path / "l")
+    assert [line.split()[0] for line in out.splitlines()[2:4]] == ["p0", "p2"]
+    assert json.loads((tmp_path / "l").read_text())["people"][0]["from"] == ["p0.png"]
+
+
+def test_a_folder_is_identified_as_a_table(tmp_path, launch):
+    for person in range(2):
+        saved(tmp_path / "people" / f"p{person}.png", photo(person))
+        saved(tmp_path / "door" / f"visit{person}.png", photo(person, 1))
+    saved(tmp_path / "door" / "visit9.png", photo(9))
+    (tmp_path / "door" / "notes.txt").write_text("not a photo")
+    (tmp_path / "door" / "torn.jpg").write_bytes(b"torn")
+    launch("enroll", "run", tmp_path / "people", "--gallery", tmp_path / "g", "--framing", "tight")
+    status, out, _ = launch(
+        "identify",
+        "run",
+        tmp_path / "door",
+        "--gallery",
+        tmp_path / "g",
+        "--framing",
+        "tight",
+        "--json",
+        tmp_path / "i",
+    )
+    assert status == 0
+    assert "1 cannot tell, 2 recognised, 1 not recognized" in out
+    content = json.loads((tmp_path / "i").read_text())
+    answers = {row["photo"].split("/")[-1]: row["faces"][0]["answer"] for row in content["photos"]}
+    assert answers == {
+        "torn.jpg": "cannot tell",
+        "visit0.png": "p0",
+        "visit1.png": "p1",
+        "visit9.png": "not recognized",
+    }
+    assert content["cut"]["fpir"] == 0.01
+
+
+def test_every_face_of_a_group_is_named_in_a_copy(tmp_path, launch, found, monkeypatch):
+    group = np.concatenate([photo(0, 1), photo(9), photo(1, 1)], axis=1)
+    for person in range(2):
+        saved(tmp_path / "people" / f"p{person}.png", photo(person))
+    launch("enroll", "run", tmp_path / "people", "--gallery", tmp_path / "g", "--framing", "tight")
+    # The stand-in for detection: three squares side by side, of which the crops are cut.
+    boxes = [
+        Face(box=np.array([32.0 * i, 0, 32 * i + 32, 32]), landmarks=np.full((5, 2), i), score=0.9) for i in range(3)
+    ]
+    monkeypatch.setattr(faces.crops, "find_all", lambda pixels, aligner: boxes)
+    monkeypatch.setattr(faces.crops, "place", lambda face, aligner: face)
+    monkeypatch.setattr(
+        faces.crops, "draw", lambda pixels, face, size: np.asarray(
+            Image.fromarray(pixels[:, int(face.box[0]) : int(face.box[2])]).resize((size, size), Image.Resampling.BILINEAR)
+        )
+    )  # fmt: skip
+    monkeypatch.setattr(faces, "aligner_of", lambda preprocess, framing: "framing tight, portrait 16 px")
+    path = saved(tmp_path / "group.png", group)
+    status, out, _ = launch("identify", "run", path, "--gallery", tmp_path / "g", "--out", tmp_path / "drawn")
+    assert status == 0
+    assert "2 recognised, 1 not recognized" in out
+    lines = [line.split() for line in out.splitlines() if line.startswith("group.png ")]
+    assert [line[2] for line in lines] == ["p0", "not", "p1"]
+    drawn = np.asarray(Image.open(tmp_path / "drawn" / "group.png"))
+    assert drawn.shape == group.shape
+    assert (drawn != group).any(axis=2)[:, :32].any()
+    assert (drawn != group).any(axis=2)[:, 64:].any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["enroll", "run", "nowhere.jpg", "--gallery", "g"], "there is no nowhere.jpg"),
+        (["claim", "run", "nowhere.jpg", "--gallery", "g", "--name", "x"], "there is no photo nowhere.jpg"),
+        (["identify", "run", "nowhere.jpg", "--gallery", "g"], "there is no nowhere.jpg"),
+        (["gallery", "list", "--gallery", "g"], "there is no gallery at g"),
+        (["gallery", "export", "people.csv", "--gallery", "g"], "Try people.npz"),
+        (["gallery", "import", "people.npz", "--gallery", "g"], "people.npz"),
+    ],
+)
+def test_what_is_not_there_is_said(arguments, message, launch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = launch(*arguments)
+    assert status == 1
+    assert message in err
+    assert not (tmp_path / "g").exists()
+
+
+def test_nobody_enrolled_is_an_error_that_says_why(tmp_path, launch):
+    (tmp_path / "torn.jpg").write_bytes(b"torn")
+    status, out, err = launch("enroll", "run", tmp_path / "torn.jpg", "--gallery", tmp_path / "g", "--framing", "tight")
+    assert status == 1
+    assert "refused: torn: torn.jpg" in out
+    assert "nobody was enrolled" in err
+
+
+def test_names_come_from_files_and_folders(tmp_path, launch):
+    from faceembed.cli.enroll import people_of
+
+    for path in ("a/ann.png", "a/bob/1.png", "a/bob/x/2.png", "a/.hidden/3.png", "b/ann.png"):
+        saved(tmp_path / path, photo(0))
+    found = people_of((tmp_path / "a",), None)
+    assert {name: [p.name for p in photos] for name, photos in found.items()} == {
+        "ann": ["ann.png"], "bob": ["1.png", "2.png"],
+    }  # fmt: skip
+    assert list(people_of((tmp_path / "a", tmp_path / "b"), "Ann")) == ["Ann"]
+    with pytest.raises(ValueError, match="give one name, 'ann'"):
+        people_of((tmp_path / "a", tmp_path / "b"), None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no photo in"):
+        people_of((tmp_path / "empty",), None)
+
+
+def test_an_export_comes_back_whole(tmp_path, launch):
+    for person in range(2):
+        saved(tmp_path / "people" / f"p{person}.png", photo(person))
+    launch("enroll", "run", tmp_path / "people", "--gallery", tmp_path / "g", "--framing", "tight")
+    status, out, _ = launch("gallery", "export", tmp_path / "all.npz", "--gallery", tmp_path / "g")
+    assert status == 0
+    assert (tmp_path / "all.npz").stat().st_mode & 0o777 == 0o600
+    status, out, _ = launch("gallery", "import", tmp_path / "all.npz", "--gallery", tmp_path / "h")
+    assert "2 people imported; 2 in all" in out
+    status, out, _ = launch("gallery", "rename", "p0", "Ann", "--gallery", tmp_path / "h")
+    assert out == "p0 is Ann now\n"
+    status, _, err = launch("gallery", "import", tmp_path / "all.npz", "--gallery", tmp_path / "h")
+    assert status == 1
+    assert "p1" in err
