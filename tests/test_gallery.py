@@ -9,7 +9,7 @@ from PIL import Image
 
 from faceembed import cli
 from faceembed.data.align import Face
-from faceembed.identification import faces, policy
+from faceembed.identification import faces, policy, pooling
 from faceembed.identification.gallery import Gallery
 from faceembed.identification.quality import Limits
 from faceembed.preprocess import Preprocess
@@ -146,7 +146,7 @@ def test_claims_are_answered_with_yes_no_or_cannot_tell(tmp_path):
         assert no.cut.fpir == 0.01
         with pytest.raises(ValueError, match="Did you mean ann"):
             gallery.verify("anm", photo(1))
-        with pytest.raises(ValueError, match=r"FPIR of 0.5; it has them for 0.01"):
+        with pytest.raises(ValueError, match=r"rate of 0.5 of strangers; it has them for 0.01"):
             gallery.verify("ann", photo(1), fmr=0.5)
     with Gallery(tmp_path / "g", Embedder(), framing="tight", limits=Limits(face=64.0, sharpness=0.0)) as strict:
         unsure = strict.verify("ann", photo(1, 1), fmr=0.01)
@@ -165,7 +165,7 @@ def test_several_photos_are_pooled_and_stay(tmp_path):
         assert len(entry.templates) == 3
         vectors = np.stack([t.vector for t in entry.templates])
         weights = np.array([t.quality for t in entry.templates])
-        np.testing.assert_allclose(entry.pooled, policy.pooled(vectors, weights), rtol=1e-6)
+        np.testing.assert_allclose(entry.pooled, pooling.pooled(vectors, weights), rtol=1e-6)
         stored = gallery.store.get("ann")
         np.testing.assert_array_equal(stored.templates[2].vector, entry.templates[2].vector)
 
@@ -183,7 +183,7 @@ def test_another_checkpoint_or_framing_is_refused(tmp_path):
 def test_a_policy_without_identification_says_what_to_do(tmp_path):
     with opened(tmp_path / "g", embedder=Embedder(policy=None)) as gallery:
         gallery.enroll("ann", photo(1))
-        with pytest.raises(ValueError, match="--set-policy, or give a distance"):
+        with pytest.raises(ValueError, match="--set-policy; or give a distance"):
             gallery.identify(photo(1))
         assert gallery.identify(photo(1, 1), distance=0.1).name == "ann"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from faceembed import report
-from faceembed.identification import openset, policy, protocol, tails
+from faceembed.identification import openset, policy, pooling, protocol, tails
 
 
 def embedded(people: int, photos: int | np.ndarray, *, seed: int = 0, noise: float = 0.6, d: int = 16):
@@ -67,7 +67,7 @@ def test_draws_never_search_with_an_enrolled_photo(photos):
     assert not np.isin(identity[drawn.visitors], pool).any()
     assert len({tuple(row) for row in probes.tolist()}) == 4  # another photo each time
     # The scores are those of the photos named.
-    gallery = policy.pooled(emb[drawn.templates[2]])
+    gallery = pooling.pooled(emb[drawn.templates[2]])
     d2 = np.square(emb[probes[2]][:, None] - gallery).sum(axis=2)
     np.testing.assert_allclose(drawn.searches.mated.scores[2 * len(pool) : 3 * len(pool)], -d2, atol=1e-12)
 
@@ -86,14 +86,14 @@ def test_pooled_directions_keep_their_length():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 4, 8))
     w = rng.uniform(0.1, 1, (3, 4))
-    for i, found in enumerate(policy.pooled(x, w)):
+    for i, found in enumerate(pooling.pooled(x, w)):
         length = np.linalg.norm(x[i], axis=1)
         direction = (w[i][:, None] * x[i] / length[:, None]).sum(axis=0)
         expected = direction / np.linalg.norm(direction) * (w[i] @ length) / w[i].sum()
         np.testing.assert_allclose(found, expected, rtol=1e-12)
-    np.testing.assert_array_equal(policy.pooled(x[:, :1]), x[:, 0])  # one photo is itself, bit for bit
+    np.testing.assert_array_equal(pooling.pooled(x[:, :1]), x[:, 0])  # one photo is itself, bit for bit
     with pytest.raises(ValueError, match="cancel out"):
-        policy.pooled(np.array([[1.0, 0], [-1, 0]]))
+        pooling.pooled(np.array([[1.0, 0], [-1, 0]]))
 
 
 # ---- everybody among all others ----------------------------------------------------------------------------------------
@@ -151,8 +151,9 @@ def test_thresholds_grow_stricter_with_the_gallery_and_the_rate(calibrated):
         for row in rows:
             assert (np.diff(row) <= 0).all()
             assert (row >= 0).all()
-        assert (rows[0] >= rows[1]).all()
-        assert (rows[1] >= rows[2]).all()
+        assert len(rows[0]) >= len(rows[1]) >= len(rows[2])  # rarer rates have thresholds for smaller galleries
+        assert (rows[0][: len(rows[1])] >= rows[1]).all()
+        assert (rows[1][: len(rows[2])] >= rows[2]).all()
     rare = next(cut for cut in found["cuts"] if cut["fpir"] == 0.001)
     for k in rare["k"]:
         # 400 strangers search in 399 // k galleries that share nobody: one in a thousand needs 10,000 searches, or 30,000.
@@ -171,6 +172,28 @@ def test_beyond_the_people_the_bound_of_the_union_holds(calibrated):
     more = policy.set_cut(best, 0.1, 100 * best.pool)
     tail = tails.fit(best, best.pool)
     assert -more.distance == pytest.approx(tail.threshold(0.001))
+    assert policy.set_cut(best, 0.1, 1000 * best.pool) is None
+
+
+def test_a_few_people_set_few_thresholds_and_none_that_they_cannot():
+    emb, identity = embedded(12, 2)
+    found = policy.thresholds(emb, identity, fpirs=(0.1, 0.01))
+    assert [(cut["photos"], cut["fpir"]) for cut in found["cuts"]] == [(1, 0.1)]
+    assert found["cuts"][0]["k"] == [1]  # 12 · 11 searches of one; already of two they are too few for one in ten
+    assert policy.thresholds(*embedded(2, 1), fpirs=(0.1,)) == {"people": 2, "cuts": []}
+    assert policy.thresholds(*embedded(1, 3), fpirs=(0.1,)) == {"people": 1, "cuts": []}
+    with pytest.raises(ValueError, match=r"it has them for none\. .* 2 set these"):
+        policy.cut_for({"identification": {"people": 2, "cuts": []}}, fpir=0.1, k=5)
+    with pytest.raises(ValueError, match=r"2 people are enrolled, .* for 1 at most: 12 people set them"):
+        policy.cut_for({"identification": found}, fpir=0.1, k=2)
+
+
+def test_a_tail_reaches_a_hundredth_of_what_searches_show(calibrated):
+    _, emb, identity = calibrated
+    best = openset.ranked(policy.everybody(emb, identity))
+    least = 10 / best.searches(100) / 100
+    assert policy.set_cut(best, least * 1.01, 100).status == "extrapolated"
+    assert policy.set_cut(best, least * 0.99, 100) is None
 
 
 def test_a_policy_is_read_strictly(calibrated):
@@ -188,9 +211,9 @@ def test_a_policy_is_read_strictly(calibrated):
     for nothing in (None, {}, {"heads": {}}):
         with pytest.raises(ValueError, match="--set-policy"):
             policy.cut_for(nothing, fpir=0.1, k=5)
-    with pytest.raises(ValueError, match=r"FPIR of 0.02; it has them for 0.1, 0.05, 0.001"):
+    with pytest.raises(ValueError, match=r"rate of 0.02 of strangers; it has them for 0.1, 0.05, 0.001"):
         policy.cut_for(whole, fpir=0.02, k=5)
-    with pytest.raises(ValueError, match="2,000,000 people are enrolled"):
+    with pytest.raises(ValueError, match=r"2,000,000 people are enrolled, .* for \d+,\d+ at most"):
         policy.cut_for(whole, fpir=0.1, k=2_000_000)
 
 

@@ -135,7 +135,7 @@ def test_templates_that_cancel_out_are_refused(tmp_path):
         templates=[Template(photo="", quality=there.templates[0].quality, vector=-there.templates[0].vector)],
         enrolled=WHEN,
     )
-    with pytest.raises(ValueError, match="directions of 2 templates cancel out"):
+    with pytest.raises(ValueError, match="directions of 2 photos cancel out"):
         pool(there.templates + against.templates)
     with pytest.raises(ValueError, match="no template"):
         pool([])

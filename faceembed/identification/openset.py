@@ -87,7 +87,7 @@ class NonMated:
         return len(np.unique(self.who))
 
     def searches(self, k: int) -> int:
-        """Searches that share no comparison: strangers times the disjoint galleries of k that the pool holds, at least 1."""
+        """Searches that share no comparison: strangers times the disjoint galleries of k in the pool, at least 1."""
         return self.strangers * max(1, int(self.sizes.min()) // k)
 
 

@@ -296,6 +296,8 @@ def _growth(results: IdentificationResults) -> str:
 
 def _tail(results: IdentificationResults) -> str:
     tail, stability = results.tail, results.stability
+    if tail is None or stability is None:
+        return ""
     score, seen = (np.array(part) for part in results.seen)
     grid = np.linspace(tail.at, max(score[0], tail.threshold(min(1e-4, tail.share / 2))), 120)
     model = 100 * tail.fpir(grid)

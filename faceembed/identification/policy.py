@@ -22,8 +22,9 @@ from numpy.typing import ArrayLike, NDArray
 from faceembed import metrics
 from faceembed.identification import openset, tails
 from faceembed.identification.openset import NonMated, Ranked
+from faceembed.identification.pooling import pooled
 
-__all__ = ["FPIRS", "Cut", "cut_for", "everybody", "pooled", "set_cut", "thresholds"]
+__all__ = ["FPIRS", "Cut", "cut_for", "everybody", "set_cut", "thresholds"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -37,6 +38,12 @@ PHOTOS = (1, 2, 5)
 
 LARGEST = 1_000_000
 """People in the largest gallery that a policy has thresholds for."""
+
+REACH = 100
+"""How many times rarer than what the searches resolve a rate may be that a tail is asked for."""
+
+LEAST_EXCESSES = 20
+"""Searches above the start of a tail, at least."""
 
 MOST_SCORES = 20_000_000
 """Of one table of scores: bounds memory (a gigabyte while it is ranked) whatever the number of people."""
@@ -61,29 +68,6 @@ class Cut:
     k: int
     photos: int
     status: Status
-
-
-def pooled(emb: ArrayLike, weight: ArrayLike | None = None) -> Floats:
-    """Templates of several photos each: the weighted mean of their directions, at the weighted mean of their lengths.
-
-    Args:
-      emb: [..., n, d] embeddings of one person's photos along the last axis but one.
-      weight: [..., n] > 0, such as qualities; None weighs equally.
-
-    Returns:
-      [..., d] float64, of unit length for embeddings of unit length; one photo is itself.
-    """
-    x = np.asarray(emb, np.float64)
-    w = np.ones(x.shape[:-1]) if weight is None else np.asarray(weight, np.float64)
-    w = (w / w.sum(axis=-1, keepdims=True))[..., None]
-    if x.shape[-2] == 1:
-        return x[..., 0, :]
-    length = np.linalg.norm(x, axis=-1, keepdims=True)
-    mean = (w * x / length).sum(axis=-2)
-    size = np.linalg.norm(mean, axis=-1, keepdims=True)
-    if not (size > 1e-6).all():
-        raise ValueError("a person's embeddings cancel out: they point in opposite directions, so they have no mean.")
-    return mean / size * (w * length).sum(axis=-2)
 
 
 def everybody(emb: ArrayLike, identity: ArrayLike, *, photos: int = 1, seed: int = 0) -> NonMated:
@@ -137,7 +121,7 @@ def _groups(identity: NDArray) -> tuple[NDArray, Ints, Ints]:
     return people, np.cumsum(count) - count, count
 
 
-def set_cut(best: Ranked, fpir: float, k: int, *, photos: int = 1, tail: tails.Tail | None = None) -> Cut:
+def set_cut(best: Ranked, fpir: float, k: int, *, photos: int = 1, tail: tails.Tail | None = None) -> Cut | None:
     """The threshold for an FPIR in a gallery of k, as exact as these searches allow.
 
     Args:
@@ -145,19 +129,28 @@ def set_cut(best: Ranked, fpir: float, k: int, *, photos: int = 1, tail: tails.T
       fpir: target, at most `best.share`.
       k: people enrolled; may lie beyond the pool.
       photos: photos in each of the templates.
-      tail: of the largest gallery that `best` can draw at most as large as k, when it is at hand.
+      tail: of galleries of k, or of the pool where that is smaller, when it is at hand.
+
+    Returns:
+      None where even a tail would go too far: it must rest on `LEAST_EXCESSES` searches, and reaches to a hundredth of the
+      rate that ten searches show. And where nobody could be recognised at such a threshold.
     """
     inside = min(k, best.pool)
     target = fpir if k == inside else fpir * inside / k
-    resolution = metrics.resolvable(target, best.searches(inside))
+    searches = best.searches(inside)
+    resolution = metrics.resolvable(target, searches)
     if resolution:
         score = openset.threshold_at_fpir(best, inside, target)
+    elif target * searches * REACH < metrics.FLAGGED or searches * tails.SHARE < LEAST_EXCESSES:
+        return None
     else:
         tail = tail or tails.fit(best, inside)
         score = tail.threshold(min(target, tail.share))
+    if score >= 0:
+        return None  # not even a copy of the photo would pass
     extrapolated = k > inside or not resolution
     status: Status = "extrapolated" if extrapolated else "printed" if resolution.status == "printed" else "flagged"
-    return Cut(distance=max(0.0, -score), fpir=fpir, k=k, photos=photos, status=status)
+    return Cut(distance=-score, fpir=fpir, k=k, photos=photos, status=status)
 
 
 def sizes(pool: int) -> list[int]:
@@ -184,34 +177,43 @@ def thresholds(
       seed: as `everybody`.
 
     Returns:
-      JSON's types: "people", and "cuts", a list of {"photos", "fpir", "pool", "k": […], "distance": […], "status":
-      […]}.
-      Distances never rise with k, nor as the FPIR falls.
+      JSON's types: "people", and "cuts", a list of {"photos", "fpir", "pool", "k": […], "distance": […], "printed_to",
+      "flagged_to"}: sizes with their thresholds, as far as `set_cut` gives some, and the largest k of those statuses, or
+      0. Distances never rise with k, nor as the FPIR falls.
     """
     count = _groups(np.asarray(identity))[2]
-    cuts = []
+    cuts: list[dict[str, Any]] = []
     for number in photos:
+        if int((count >= number).sum()) < 2:
+            continue
         if number > min(photos) and int((count >= number).sum()) < 100:
             continue
         best = openset.ranked(everybody(emb, identity, photos=number, seed=seed), share=max(*fpirs, tails.SHARE))
-        pool, grid = best.pool, sizes(best.pool)
+        pool = best.pool
         found: dict[float, list[Cut]] = {fpir: [] for fpir in sorted(fpirs, reverse=True)}
-        tail = None
-        for k in grid:
+        going, tail = set(found), None
+        for k in sizes(pool):
             if k <= pool:
-                best, tail = best.from_size(k), tails.fit(best, k)
+                best = best.from_size(k)
+                tail = tails.fit(best, k) if best.searches(k) * tails.SHARE >= LEAST_EXCESSES else None
             for fpir, row in found.items():
-                row.append(set_cut(best, fpir, k, photos=number, tail=tail))
-        # A tail may cross the counts beside it in the last digits: the stricter one goes on.
-        ceiling = np.full(len(grid), np.inf)
+                cut = set_cut(best, fpir, k, photos=number, tail=tail) if fpir in going else None
+                if cut is None:
+                    going.discard(fpir)  # larger galleries are further away still
+                else:
+                    row.append(cut)
+        ceiling: dict[int, float] = {}
         for fpir, row in found.items():
-            ceiling = np.minimum(ceiling, np.minimum.accumulate([cut.distance for cut in row]))
-            cuts.append({
-                "photos": number, "fpir": fpir, "pool": pool, "k": grid,
-                "distance": (np.floor(1e6 * ceiling) / 1e6).tolist(),  # rounded to the stricter side
-                "printed_to": max((cut.k for cut in row if cut.status == "printed"), default=0),
-                "flagged_to": max((cut.k for cut in row if cut.status != "extrapolated"), default=0),
-            })  # fmt: skip
+            # A tail may cross the counts beside it in the last digits: the stricter one goes on.
+            strictest = np.minimum.accumulate([min(cut.distance, ceiling.get(cut.k, np.inf)) for cut in row])
+            ceiling |= dict(zip([cut.k for cut in row], strictest.tolist(), strict=True))
+            if row:
+                cuts.append({
+                    "photos": number, "fpir": fpir, "pool": pool, "k": [cut.k for cut in row],
+                    "distance": (np.floor(1e6 * strictest) / 1e6).tolist(),  # rounded to the stricter side
+                    "printed_to": max((cut.k for cut in row if cut.status == "printed"), default=0),
+                    "flagged_to": max((cut.k for cut in row if cut.status != "extrapolated"), default=0),
+                })  # fmt: skip
     return {"people": len(count), "cuts": cuts}
 
 
@@ -230,15 +232,16 @@ def cut_for(policy: Mapping[str, Any] | None, *, fpir: float, k: int, photos: It
     found = (policy or {}).get("identification")
     if not found:
         raise ValueError(
-            "the checkpoint has no thresholds for identification: set them on people whom it was not trained on, "
-            "python "
-            "launch.py identification-report CHECKPOINT --source SOURCE --set-policy, or give a distance: --threshold "
-            "0.9."
+            "the checkpoint has no thresholds for identification. Set them on people whom it was not trained on: python "
+            "launch.py identification-report CHECKPOINT --source SOURCE --set-policy; or give a distance: --threshold 0.9."
         )
     targets = sorted({cut["fpir"] for cut in found["cuts"]}, reverse=True)
     if fpir not in targets:
-        there = ", ".join(f"{target:g}" for target in targets)
-        raise ValueError(f"the checkpoint has no threshold for an FPIR of {fpir:g}; it has them for {there}.")
+        there = ", ".join(f"{target:g}" for target in targets) or "none"
+        raise ValueError(
+            f"the checkpoint has no threshold for a rate of {fpir:g} of strangers; it has them for {there}. More calibrate "
+            f"people resolve smaller ones: {found['people']:,} set these."
+        )
     known = sorted({cut["photos"] for cut in found["cuts"]})
     classes = {max([n for n in known if n <= number], default=known[0]) for number in photos} or {known[0]}
     chosen = []
@@ -246,7 +249,11 @@ def cut_for(policy: Mapping[str, Any] | None, *, fpir: float, k: int, photos: It
         if cut["fpir"] == fpir and cut["photos"] in classes:
             place = int(np.searchsorted(cut["k"], k))
             if place == len(cut["k"]):
-                raise ValueError(f"{k:,} people are enrolled, and thresholds are set for {cut['k'][-1]:,} at most.")
+                raise ValueError(
+                    f"{k:,} people are enrolled, and for {fpir:g} of strangers there are thresholds for {cut['k'][-1]:,} "
+                    f"at most: {found['people']:,} people set them, who say nothing of more. Allow more strangers, or set "
+                    "thresholds on more people."
+                )
             size = cut["k"][place]
             status: Status = (
                 "printed" if size <= cut["printed_to"] else "flagged" if size <= cut["flagged_to"] else "extrapolated"

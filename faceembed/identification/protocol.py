@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from faceembed import metrics, report
 from faceembed.identification import openset, tails
 from faceembed.identification.openset import Mated, NonMated, Ranked, Rate, Searches
-from faceembed.identification.policy import Cut, everybody, pooled, set_cut, squared_distances
+from faceembed.identification.policy import LEAST_EXCESSES, Cut, everybody, set_cut, squared_distances
+from faceembed.identification.pooling import pooled
 
 __all__ = ["ClosedSet", "IdentificationResults", "LetIn", "OpenSet", "Planned", "draw", "evaluate", "roles"]
 
@@ -225,7 +226,7 @@ class IdentificationResults:
       growth: at fixed thresholds, FPIR by gallery size: exact, low, high, naive.
       tail: of the calibrate people, in a gallery of all of them; `seen` has their best scores with FPIRs, and
       `stability`
-        and `backtests` show how far to believe it.
+        and `backtests` show how far to believe it; None where too few people search.
       let_in: strangers who were taken for somebody, nearest first.
       rivals: other ways to decide, or nothing.
       draws: of photos.
@@ -241,9 +242,9 @@ class IdentificationResults:
     learning: list[dict[str, Any]]
     planned: dict[float, list[Planned]]
     growth: list[dict[str, Any]]
-    tail: tails.Tail
+    tail: tails.Tail | None
     seen: tuple[list[float], list[float]]
-    stability: tails.Stability
+    stability: tails.Stability | None
     backtests: list[tails.Backtest]
     let_in: list[LetIn]
     draws: int
@@ -353,16 +354,18 @@ def evaluate(
         there = len(searches.mated.pool)
         for k in _galleries(wanted, there):
             for fpir in sorted(fpirs, reverse=True):
-                open_set.append(_open(searches, thresholds.cut(fpir, k, number), k, number))
+                if cut := thresholds.cut(fpir, k, number):
+                    open_set.append(_open(searches, cut, k, number))
             closed_set.append(_closed(searches.mated, k, number))
             det[f"K = {k}, {number} photo{'s' if number > 1 else ''}"] = _det(searches, k)
     pool = thresholds.ranked(1, 1).pool
     best = thresholds.ranked(1, pool)
     inside = min(max(wanted), pool)
+    enough = best.searches(pool) * tails.SHARE >= LEAST_EXCESSES
     hidden = [
         tails.backtest(thresholds.ranked(1, inside), inside, fpir, hidden=0.9, seed=seed)
         for fpir in sorted({0.03, *fpirs}, reverse=True)
-        if fpir < tails.SHARE and metrics.resolvable(fpir, int(0.9 * thresholds.people))
+        if enough and fpir < tails.SHARE and metrics.resolvable(fpir, int(0.9 * thresholds.people))
     ]
     largest = [row.cut for row in open_set if row.photos == 1 and row.k == max(wanted) and row.status != "unresolvable"]
     return IdentificationResults(
@@ -374,10 +377,10 @@ def evaluate(
         det=det,
         learning=_learning(emb, who, enrolled, stranger, thresholds, draws=draws, seed=seed, fpirs=fpirs),
         planned={fpir: _planned(first.searches, thresholds, fpir) for fpir in sorted(fpirs, reverse=True)},
-        growth=[_growth(first.searches, thresholds.cut(fpir, max(wanted), 1)) for fpir in sorted(fpirs, reverse=True)[:2]],
-        tail=thresholds.tail(1, pool),
+        growth=[_growth(first.searches, cut) for cut in largest[:2]],
+        tail=thresholds.tail(1, pool) if enough else None,
         seen=_seen(best, pool),
-        stability=tails.stability(best, pool, min(fpirs), seed=seed),
+        stability=tails.stability(best, pool, min(fpirs), seed=seed) if enough else None,
         backtests=hidden,
         let_in=_let_in(first, largest),
         draws=draws,
@@ -426,8 +429,10 @@ class _Thresholds:
             self._tails[photos, size] = tails.fit(best, size)
         return self._tails[photos, size]
 
-    def cut(self, fpir: float, k: int, photos: int) -> Cut:
-        return set_cut(self.ranked(photos, k), fpir, k, photos=photos, tail=self.tail(photos, k))
+    def cut(self, fpir: float, k: int, photos: int) -> Cut | None:
+        best = self.ranked(photos, k)
+        enough = best.searches(min(k, best.pool)) * tails.SHARE >= LEAST_EXCESSES
+        return set_cut(best, fpir, k, photos=photos, tail=self.tail(photos, k) if enough else None)
 
 
 def _seen(best: Ranked, k: int) -> tuple[list[float], list[float]]:
@@ -482,7 +487,10 @@ def _learning(
         if not thresholds.enough(number):
             break
         searches = draw(emb, who, able, stranger, photos=number, draws=draws, seed=seed).searches
-        found = _open(searches, thresholds.cut(fpir, k, number), k, number)
+        cut = thresholds.cut(fpir, k, number)
+        if cut is None:
+            break
+        found = _open(searches, cut, k, number)
         rows.append({"photos": number, "k": k, "open": found, "rank1": openset.tpir(searches.mated, k)})
     return rows
 
@@ -491,6 +499,8 @@ def _planned(searches: Searches, thresholds: _Thresholds, fpir: float) -> list[P
     rows = []
     for k in PLANNED:
         cut = thresholds.cut(fpir, k, 1)
+        if cut is None:
+            break
         found = openset.tpir(searches.mated, k, -cut.distance)
         rows.append(
             Planned(

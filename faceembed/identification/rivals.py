@@ -22,7 +22,8 @@ from threadpoolctl import threadpool_limits
 from faceembed import report
 from faceembed.identification import openset
 from faceembed.identification.openset import Mated, NonMated
-from faceembed.identification.policy import pooled, squared_distances
+from faceembed.identification.policy import squared_distances
+from faceembed.identification.pooling import pooled
 from faceembed.identification.protocol import draw, roles
 
 __all__ = ["RIVALS", "Rival", "compare", "table"]

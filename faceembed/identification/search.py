@@ -186,8 +186,9 @@ def _checked(vectors: np.ndarray, name: str, d: int | None) -> np.ndarray:
         # 4: so that the square of a sum of two is finite, too.
         bad = np.flatnonzero(~(square < np.finfo(np.float32).max / 4))
         if bad.size:
-            found = "too long for float32, 9e18 or more" if np.isfinite(piece[bad[0]]).all() else "not finite"
-            raise ValueError(f"{name}[{start + bad[0]}] is {found}. Leave it out, or mend what computed it.")
+            row = start + bad[0]
+            found = "too long for float32, 9e18 or more" if np.isfinite(vectors[row]).all() else "not finite"
+            raise ValueError(f"{name}[{row}] is {found}. Leave it out, or mend what computed it.")
     return vectors
 
 

@@ -33,6 +33,8 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 
+from faceembed.identification.pooling import pooled
+
 __all__ = [
     "Entry",
     "IfThere",
@@ -59,7 +61,6 @@ APPLICATION = 0x46634764  # "FcGd", in the file's header: tells a gallery from o
 EXPORT = "faceembed gallery 1"
 BUSY_SECONDS = 30.0  # how long to wait for another process's write
 PURGE_SECONDS = 2.0  # how long to wait for readers that still need the old bytes
-CANCELLED = 1e-3  # a mean of directions shorter than this points where rounding says
 # Bidi controls make one name look like another. ZWJ and ZWNJ are not among them: Persian and Hindi names need them.
 BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
@@ -188,18 +189,8 @@ def pool(templates: Sequence[Template]) -> np.ndarray:
         raise ValueError("there is no template to pool: a person is enrolled with one photo or more.")
     if len(templates) == 1:
         return templates[0].vector
-    vectors = np.stack([template.vector for template in templates]).astype(np.float64)
-    weights = np.array([template.quality for template in templates])
-    weights = weights / weights.sum()
-    lengths = np.linalg.norm(vectors, axis=1)
-    mean = weights @ (vectors / lengths[:, None])
-    length = np.linalg.norm(mean)
-    if length < CANCELLED:
-        raise ValueError(
-            f"the directions of {len(templates)} templates cancel out: their mean has length {length:.1e}, so it points "
-            "nowhere. They are hardly of one person: enrol fewer of these photos."
-        )
-    return (mean / length * (weights @ lengths)).astype(np.float32)
+    vectors = np.stack([template.vector for template in templates])
+    return pooled(vectors, [template.quality for template in templates]).astype(np.float32)
 
 
 def checked_name(name: str) -> str:
