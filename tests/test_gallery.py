@@ -287,7 +287,17 @@ def face(left: float, height: float, score: float = 0.9) -> Face:
 def found(monkeypatch):
     """What the detector finds, to be filled by a test."""
     there: list[Face] = []
-    monkeypatch.setattr(faces.crops, "find_all", lambda pixels, aligner: sorted(there, key=lambda f: -f.box[3]))
+
+    def largest_first():
+        return sorted(there, key=lambda f: -f.box[3])
+
+    def find(pixels, aligner):
+        assert aligner.face == "largest"
+        every = largest_first()
+        return faces.crops.Found(faces=len(every), face=every[0] if every else None, seen=tuple(there))
+
+    monkeypatch.setattr(faces.crops, "find_all", lambda pixels, aligner: largest_first())
+    monkeypatch.setattr(faces.crops, "find", find)
     monkeypatch.setattr(faces.crops, "require", lambda detector: None)
     return there
 
@@ -295,7 +305,8 @@ def found(monkeypatch):
 def test_a_photo_to_enrol_shows_one_face(found):
     pixels = np.random.default_rng(0).integers(0, 256, (120, 300, 3), np.uint8)
     pre = Preprocess(size=16)
-    assert faces.look(pixels, pre, which="only")[0].trouble == "no face was found"
+    for which in ("only", "largest", "all"):
+        assert [shot.trouble for shot in faces.look(pixels, pre, which=which)] == ["no face was found"]
     found.append(face(0, 80))
     assert faces.look(pixels, pre, which="only", limits=LENIENT)[0].trouble is None
     found.append(face(100, 39))  # less than half as high: somebody behind

@@ -54,8 +54,7 @@ def run(arguments: list[str]) -> int:
         words = f"this is {claim.name}" if claim else f"this is not shown to be {claim.name}"
         print(
             f"{claim.answer}: {words} (squared distance {claim.distance:.4f}{llr}; threshold {cut.distance:.4f}, "
-            f"{stands_for}"
-            f"{', extrapolated' if cut.status == 'extrapolated' else ''})"
+            f"{stands_for}{', extrapolated' if cut.status == 'extrapolated' else ''})"
         )
     if options.json:
         report.write_json(options.json, claim)

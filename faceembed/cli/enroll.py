@@ -102,7 +102,6 @@ def people_of(photos: tuple[Path, ...], name: str | None) -> dict[str, list[Path
         first, second = sorted(given_by[twice[0]])[:2]
         raise ValueError(
             f"{first} and {second} give one name, {twice[0]!r}: put a person's photos into one folder of that name, or "
-            "name "
-            f"the person: --name {twice[0]!r}."
+            f"name the person: --name {twice[0]!r}."
         )
     return people

@@ -93,8 +93,7 @@ def show(options: List) -> None:
     origin = store.origin
     print(
         f"{len(rows):,} people, {sum(len(e.templates) for e in entries):,} templates of {origin.dim} numbers, by "
-        "checkpoint "
-        f"{origin.checkpoint[:12]}… ({origin.aligner})"
+        f"checkpoint {origin.checkpoint[:12]}… ({origin.aligner})"
     )
     if options.json:
         report.write_json(options.json, {

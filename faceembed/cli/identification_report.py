@@ -120,8 +120,8 @@ def _photos(options: Options, embedder: "Embedder | None") -> tuple["Photos", "P
             if len(shared):
                 raise ValueError(
                     f"{len(shared):,} people of {options.calibrate} are also among those tested, such as "
-                    f"{shared[0]!r}: "
-                    "thresholds must come from others. Leave --calibrate out, and half of the people set them."
+                    f"{str(shared[0])!r}: thresholds must come from others. Leave --calibrate out, and half of the "
+                    "people set them."
                 )
         return test, calibrate
     if source in ("lfw:dev_test", "lfw:dev_train"):

@@ -112,6 +112,8 @@ class Found:
     """How many, before one was chosen."""
     face: Face | None
     """The one that was taken."""
+    seen: tuple[Face, ...]
+    """All of them, as the detector saw them."""
 
 
 def find(photo: np.ndarray, aligner: Aligner) -> Found:
@@ -126,7 +128,8 @@ def find(photo: np.ndarray, aligner: Aligner) -> Found:
     """
     if aligner.detector != "centerface":
         faces = DETECTORS[aligner.detector](photo)
-        return Found(faces=len(faces), face=align.choose(faces, photo.shape, aligner.face))
+        face = align.choose(faces, photo.shape, aligner.face)
+        return Found(faces=len(faces), face=face, seen=tuple(faces))
     seen = 224
     faces = align.detect(photo, long_side=seen)
     if not faces and max(photo.shape[:2]) > seen:
@@ -135,7 +138,7 @@ def find(photo: np.ndarray, aligner: Aligner) -> Found:
     face = align.choose(faces, photo.shape, aligner.face)
     if face is not None and _coarse(photo, face, seen):
         face = _again(photo, face) or face
-    return Found(faces=len(faces), face=face)
+    return Found(faces=len(faces), face=face, seen=tuple(faces))
 
 
 def find_all(photo: np.ndarray, aligner: Aligner) -> list[Face]:

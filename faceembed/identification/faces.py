@@ -92,16 +92,22 @@ def look(
         crop = crop_square(pixels, square, preprocess.size)
         quality = measure(crop)
         return [Shot(photo=name, crop=crop, quality=quality, trouble=quality.trouble(limits))]
-    aligner = crops.Aligner(template=preprocess.template, size=preprocess.size)
-    found = crops.find_all(pixels, aligner)
-    if not found:
-        return [Shot(photo=name, trouble="no face was found")]
-    height = [float(face.box[3] - face.box[1]) for face in found]
+    aligner = crops.Aligner(template=preprocess.template, size=preprocess.size, face="largest")
+    if which == "all":
+        every = crops.find_all(pixels, aligner)
+        return [_shot(pixels, face, name, aligner, limits) for face in every] or [_nobody(name)]
+    found = crops.find(pixels, aligner)  # a tenth of the time of looking for every face
+    if found.face is None:
+        return [_nobody(name)]
+    height = [float(face.box[3] - face.box[1]) for face in found.seen]
     rivals = sum(other >= BEHIND * max(height) for other in height)
     if which == "only" and rivals > 1:
         return [Shot(photo=name, trouble=f"{rivals} faces were found, and nothing tells whose photo it is")]
-    chosen = found if which == "all" else found[:1]
-    return [_shot(pixels, face, name, aligner, limits) for face in chosen]
+    return [_shot(pixels, found.face, name, aligner, limits)]
+
+
+def _nobody(name: str) -> Shot:
+    return Shot(photo=name, trouble="no face was found")
 
 
 def _read(photo: str | Path) -> NDArray[np.uint8]:

@@ -193,9 +193,8 @@ class Gallery:
             there = [name for name in named if name in known]
             if there:
                 raise ValueError(
-                    f"{len(there):,} of {len(named):,} people are in the gallery already, such as {there[0]!r}: add "
-                    "the "
-                    "photos to them, replace them, or leave them out."
+                    f"{len(there):,} of {len(named):,} people are in the gallery already, such as {there[0]!r}: add the "
+                    "photos to them (--if-there add), replace them (--if-there replace), or leave them out."
                 )
         owners = [name for name, photos in named.items() for _ in photos]
         listed = [photo for photos in named.values() for photo in photos]
@@ -347,8 +346,7 @@ class Gallery:
         if not len(self):
             raise ValueError(
                 "the gallery is empty: nobody can be recognised. Enrol people first: python launch.py enroll "
-                "CHECKPOINT "
-                "--gallery DIR PHOTOS."
+                "CHECKPOINT --gallery DIR PHOTOS."
             )
         return self._cut(fpir, len(self), self.store.template_counts(), distance)
 

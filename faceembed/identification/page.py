@@ -73,7 +73,7 @@ def render(shown: IdentificationPage) -> str:
 
 def _header(shown: IdentificationPage) -> str:
     results = shown.results
-    largest = max(row.k for row in results.open_set if row.photos == 1)
+    largest = max(row.k for row in results.closed_set if row.photos == 1)
     rows = [row for row in results.open_set if row.photos == 1 and row.k == largest and row.status != "unresolvable"]
     closed = next(row for row in results.closed_set if row.photos == 1 and row.k == largest)
     figures = [
@@ -154,31 +154,32 @@ def planner_lines(planned: Mapping[float, Sequence[Planned]], *, prefix: str = "
 
 
 def _planner(results: IdentificationResults) -> str:
+    if not any(results.planned.values()):
+        return ""
     svg = planner_plot(planner_lines(results.planned), title="Enrolled people turned away, by gallery size")
-    ks = [row.k for row in next(iter(results.planned.values()))]
+    ks = sorted({row.k for planned in results.planned.values() for row in planned})
     shown = [k for k in ks if k in (3, 10, 32, 100, 316, 1000, 3162, 10_000, 100_000, 1_000_000)]
     rows = []
     for k in shown:
         cells = [f"{k:,}"]
         for planned in results.planned.values():
-            row = next(row for row in planned if row.k == k)
-            cells.append(_cell(row.fnir, "~" if row.extrapolated else ""))
+            found = [row for row in planned if row.k == k]
+            cells.append(_cell(found[0].fnir, "~" if found[0].extrapolated else "") if found else "-")
         rows.append(cells)
     names = ["people enrolled", *(f"turned away at FPIR {100 * fpir:g} %" for fpir in results.planned)]
     words = (
         "FPIR is the share of strangers who are taken for anybody at all: every further person enrolled is one more "
-        "chance of "
-        "that, so the threshold must grow stricter, and more of those enrolled are turned away. Thresholds are those "
-        "of the "
-        "calibrate people. ~ and points: extrapolated beyond the people or strangers there were, by a tail and the "
-        "bound that K "
-        "people are K/M galleries of M."
+        "chance of that, so the threshold must grow stricter, and more of those enrolled are turned away. Thresholds "
+        "are those of the calibrate people. ~ and points: extrapolated beyond the people or strangers there were, by a "
+        "tail and the bound that K people are K/M galleries of M."
     )
     return f'<p>{_e(words)}</p><div class="figures">{_figure("planner", svg)}</div>{page.table(names, rows, wide=True)}'
 
 
 def _open(results: IdentificationResults) -> str:
     rows, flagged = [], False
+    if not results.open_set:
+        return f"<p>{results.calibrated_on:,} people are too few to set a threshold for these galleries and rates.</p>"
     for row in results.open_set:
         flagged |= row.status == "flagged"
         resolved = row.status != "unresolvable"
@@ -209,10 +210,8 @@ def _open(results: IdentificationResults) -> str:
         figures = f'<div class="figures">{_figure("det", svg, note)}</div>'
     notes = (
         "TPIR: the person's own name comes first, at or above the threshold, in a gallery of that size (1 - FNIR). "
-        "FPIR counts "
-        "searches by strangers, not comparisons. Rates are means over all galleries of that size that these people "
-        "make, with 95 % "
-        "intervals over people; the threshold was set on others."
+        "FPIR counts searches by strangers, not comparisons. Rates are means over all galleries of that size that "
+        "these people make, with 95 % intervals over people; the threshold was set on others."
         + (" ~ rests on 10 to 30 expected events." if flagged else "")
     )
     return figures + page.table(names, rows, wide=True) + f'<p class="small">{_e(notes)}</p>'
@@ -260,9 +259,8 @@ def _learning(results: IdentificationResults) -> str:
         x_ticks={n: str(n) for n in x},
     )  # fmt: skip
     note = (
-        "The template is the mean of the photos' directions; each number of photos has a threshold of its own, since a "
-        "mean lies "
-        "nearer to its person and to others alike."
+        "The template is the mean of the photos' directions; each number of photos has a threshold of its own, since "
+        "a mean lies nearer to its person and to others alike."
     )
     return f'<div class="figures">{_figure("learning", svg, note)}</div>'
 
@@ -285,11 +283,12 @@ def _growth(results: IdentificationResults) -> str:
             y_label="strangers let in (FPIR), %", x_log=True, y_range=(0, 100),
         )  # fmt: skip
         figures.append(_figure(f"growth-{cut.fpir:g}", svg))
+    if not figures:
+        return ""
     note = (
-        "Beyond the people there are, the truth lies in expectation within the band: below, strangers with no match so "
-        "far have "
-        "none anywhere; above, the last person's share of new ones goes on. “If independent” is 1 - (1 - FMR)^K, for "
-        "comparison."
+        "Beyond the people there are, the truth lies in expectation within the band: below, strangers with no match "
+        "so far have none anywhere; above, the last person's share of new ones goes on. “If independent” is 1 - (1 - "
+        "FMR)^K, for comparison."
     )
     return f'<div class="figures">{"".join(figures)}</div><p class="small">{_e(note)}</p>'
 
@@ -334,21 +333,18 @@ def _tail(results: IdentificationResults) -> str:
     ]  # fmt: skip
     words = (
         f"{results.calibrated_on:,} strangers cannot show a rate of one in ten thousand. Above the score that one in "
-        "ten reaches, the "
-        "excess of each stranger's best score is taken to be generalised Pareto; thresholds that were found so are "
-        "marked as "
-        "extrapolated. Where the model holds, it says the same wherever the tail begins. People who are in the set "
-        "under two names, "
-        "and wrong labels, are strangers with very high scores: they make a tail heavy."
+        "ten reaches, the excess of each stranger's best score is taken to be generalised Pareto; thresholds that "
+        "were found so are marked as extrapolated. Where the model holds, it says the same wherever the tail begins. "
+        "People who are in the set under two names, and wrong labels, are strangers with very high scores: they make "
+        "a tail heavy."
     )
     figures = _figure("tail", survival) + _figure("shape", shape) + _figure("tail-threshold", at)
     backtest = ""
     if rows:
         names = ["enrolled", "FPIR asked", "strangers shown", "FPIR of the hidden", "strangers hidden"]
         backtest = (
-            "<h3>With nine in ten strangers hidden</h3><p>The tail of the few gives a threshold; the many, whom it has "
-            "not "
-            "seen, say what it is worth. The mean of 100 draws, and where 95 % of them "
+            "<h3>With nine in ten strangers hidden</h3><p>The tail of the few gives a threshold; the many, whom it "
+            "has not seen, say what it is worth. The mean of 100 draws, and where 95 % of them "
             f"lie.</p>{page.table(names, rows)}"
         )
     return f'<p>{_e(words)}</p><div class="figures">{figures}</div>{backtest}'
@@ -368,8 +364,7 @@ def _rivals(results: IdentificationResults) -> str:
     fpir = results.rivals[0]["target"]
     words = (
         f"All decide on the same embeddings, at thresholds that the calibrate people set for an FPIR of {100 * fpir:g} "
-        "%. The last "
-        "column is the time from one more person's photos to the first search that knows them."
+        "%. The last column is the time from one more person's photos to the first search that knows them."
     )
     return f"<p>{_e(words)}</p>{page.table(names, rows, wide=True)}"
 
@@ -398,16 +393,13 @@ def _let_in(shown: IdentificationPage) -> str:
         names = "".join(f"<bdi>{_e(shown.keys[photo])}</bdi>" for photo in (row.probe, row.template))
         cards.append(
             f"<figure><div>{images}</div><figcaption><b>{row.distance:.3f} · let in at FPIR {100 * row.fpir:g} "
-            f"%</b>{names}"
-            "</figcaption></figure>"
+            f"%</b>{names}</figcaption></figure>"
         )
     words = (
         f"{len(shown.results.let_in):,} of {shown.results.strangers:,} strangers were taken for somebody in one of the "
-        "draws, at the "
-        "most lenient threshold above; the nearest are shown, the stranger on the left and the enrolled photo on the "
-        "right. Look "
-        "whether it is one person under two names. Whoever has this page has these photos: share it as you would share "
-        "them."
+        "draws, at the most lenient threshold above; the nearest are shown, the stranger on the left and the enrolled "
+        "photo on the right. Look whether it is one person under two names. Whoever has this page has these photos: "
+        "share it as you would share them."
     )
     return f'<p>{_e(words)}</p><div class="pairs">{"".join(cards)}</div>'
 

@@ -59,8 +59,7 @@ def roles(names: Sequence[str] | NDArray, count: ArrayLike) -> tuple[NDArray[np.
     if enrolled.sum() < 2 or not stranger.any():
         raise ValueError(
             f"{len(photos)} people, {len(several)} of them with two photos or more: at least two people must be "
-            "enrolled, "
-            "with a photo left to search with, and one must be a stranger."
+            "enrolled, with a photo left to search with, and one must be a stranger."
         )
     return enrolled, stranger
 
@@ -108,8 +107,7 @@ def draw(
     if len(pool) < 2:
         raise ValueError(
             f"{len(pool)} people have more than {photos} photos: a pool of two or more of them is needed, who are "
-            "enrolled "
-            f"with {photos} and searched for with another."
+            f"enrolled with {photos} and searched for with another."
         )
     rng = np.random.default_rng(seed)
     templates, probes, visitors, mated, non_mated = [], [], [], [], []
@@ -260,15 +258,16 @@ class IdentificationResults:
             f"{self.people:,} people enrolled, {self.strangers:,} strangers, thresholds set on {self.calibrated_on:,} "
             f"others; photos drawn {self.draws} times, 95 % intervals over people",
             "",
-            report.table([self._row(row) for row in self.open_set]),
+            report.table([self._row(row) for row in self.open_set])
+            if self.open_set
+            else "too few people set thresholds for these galleries and rates",
             "",
             "closed set: who searches is enrolled, and somebody is always named",
             report.table([
                 {"K": row.k, "photos": row.photos, **{f"rank {r}": _shown(rate) for r, rate in row.ranks.items()}}
                 for row in self.closed_set
             ]),
-            "",
-            self.plan(),
+            *(["", self.plan()] if any(self.planned.values()) else []),
         ]  # fmt: skip
         return "\n".join(lines)
 
@@ -336,8 +335,7 @@ def evaluate(
     if max(wanted) > most or min(wanted) < 1:
         raise ValueError(
             f"galleries of {', '.join(map(str, wanted))} people are asked for, and {most} can be enrolled: they have "
-            "two "
-            "photos or more, and are no strangers. Give smaller ones."
+            "two photos or more, and are no strangers. Give smaller ones."
         )
     thresholds = _Thresholds(*calibrate, share=max(*fpirs, tails.SHARE), seed=seed)
     warnings: list[str] = []

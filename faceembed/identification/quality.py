@@ -24,13 +24,14 @@ SHARP = 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a photo needs for a decision to rest on it. Just below these, dlib's network misses three times as many genuine
-    pairs at an FMR of 0.1 % as with the photos as they were, and two such photos of two people match twice as often."""
+    """What a photo needs for a decision to rest on it. Just below these, dlib's network misses nearly three times as many
+    genuine pairs at an FMR of 0.1 % as with the photos as they were, and two such photos of two people match three times as
+    often."""
 
     face: float = 32.0
     """Height of the face's box, pixels of the photo."""
     sharpness: float = 0.35
-    """See `Quality.sharpness`; of LFW's photos 0.2 % are below it in the template "portrait", 0.6 % in dlib's."""
+    """See `Quality.sharpness`; of LFW's photos 0.2 % are below it in the template "portrait", 0.4 % in dlib's."""
 
 
 LIMITS = Limits()
@@ -44,7 +45,7 @@ class Quality:
     """Height of the face's box, pixels of the photo; where no detector ran, the side of the crop."""
     sharpness: float
     """Share of the differences between neighbouring pixels that a blur would take away, in [0, 1]: 0.5 in an ordinary
-    photo, 0.35 out of focus by 1.5 % of the face's height, 0.15 by 4 %. Contrast and brightness do not enter."""
+    photo, 0.3 to 0.4 out of focus by 1 to 1.5 % of the face's height, 0.15 by 4 %. Contrast and brightness do not enter."""
     confidence: float
     """Of the detector, for display: 1 where none ran, and dlib's is a margin that may exceed 1."""
 

@@ -84,6 +84,7 @@ def _neighbours(templates: Floats) -> Callable[[Floats], Floats]:
 def _classifier(x: Floats, y: NDArray) -> LogisticRegression:
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes is greater")  # a photo a person, as it is meant
         return LogisticRegression(C=C, max_iter=200).fit(x, y)
 
 
