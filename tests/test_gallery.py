@@ -457,7 +457,7 @@ def test_every_face_of_a_group_is_named_in_a_copy(tmp_path, launch, found, monke
     assert status == 0
     assert "2 recognised, 1 not recognized" in out
     lines = [line.split() for line in out.splitlines() if line.startswith("group.png ")]
-    assert [line[2] for line in lines] == ["p0", "not", "p1"]
+    assert [line[2:5] for line in lines] == [["16,", "16", "p0"], ["48,", "16", "not"], ["80,", "16", "p1"]]
     drawn = np.asarray(Image.open(tmp_path / "drawn" / "group.png"))
     assert drawn.shape == group.shape
     assert (drawn != group).any(axis=2)[:, :32].any()

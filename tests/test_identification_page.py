@@ -214,3 +214,15 @@ def test_what_cannot_be_is_said(launch, arguments, message):
     status, _, err = launch("--source", "folder:x", *arguments)
     assert status == 1
     assert message in err
+
+
+def test_what_is_extrapolated_has_the_colour_of_its_curve(shown):
+    lines = page.planner_lines(shown.results.planned, first=2)
+    by_hue = {}
+    for line in lines:
+        by_hue.setdefault(line.hue, []).append(line)
+    assert set(by_hue) == {2, 3, 4}
+    exact, beyond = by_hue[2]
+    assert exact.name == "FPIR 10 %"
+    assert beyond.name == ""
+    assert max(exact.x) < min(beyond.x)

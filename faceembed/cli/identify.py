@@ -93,6 +93,10 @@ def _face(answer: "Identification") -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _middle(box: tuple[float, float, float, float] | None) -> str | None:
+    return None if box is None else f"{(box[0] + box[2]) / 2:.0f}, {(box[1] + box[3]) / 2:.0f}"
+
+
 def show(files: list[Path], answers: list[list["Identification"]]) -> None:
     """A table of all faces; for a single one its candidates."""
     from faceembed import report
@@ -112,7 +116,7 @@ def show(files: list[Path], answers: list[list["Identification"]]) -> None:
             for number, answer in enumerate(found, start=1):
                 best = answer.candidates[0] if answer.candidates else None
                 rows.append({
-                    "photo": file.name, "face": number, "answer": answer.answer,
+                    "photo": file.name, "face": number, "at": _middle(answer.box), "answer": answer.answer,
                     "nearest": answer.reason if best is None else best.name if answer.name is None else "",
                     "squared distance": None if best is None else best.distance,
                     "log-likelihood ratio": None if best is None else best.llr,

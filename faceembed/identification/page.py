@@ -141,7 +141,7 @@ def planner_lines(planned: Mapping[float, Sequence[Planned]], *, prefix: str = "
             series.append(
                 Line(
                     name=name, x=[row.k for row in exact], y=[100 * row.fnir.value for row in exact],
-                    low=[100 * row.fnir.low for row in exact], high=[100 * row.fnir.high for row in exact],
+                    low=[100 * row.fnir.low for row in exact], high=[100 * row.fnir.high for row in exact], hue=hue,
                 )
             )  # fmt: skip
         beyond = [row for row in rows if row.extrapolated]
