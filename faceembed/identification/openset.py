@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binom, hypergeom
+from scipy.stats import binom, hypergeom, t
 
-from faceembed import metrics, uncertainty
+from faceembed import metrics
 
 __all__ = [
     "Mated",
@@ -306,7 +307,12 @@ def _rate(value: float, rows: NDArray, of_rows: Floats, columns: NDArray, of_col
     if value in (0.0, 1.0):  # then nothing varies: as many trials as people who searched
         low, high = metrics.wilson(value, len(searching))
     else:
-        low, high = uncertainty.rate_interval(value, moves * len(names), None, None)
+        # Where few people move it most, their number is what the variance rests on: Student's quantile, with the effective
+        # number of people as degrees of freedom.
+        variance = float(np.square(moves).sum())
+        few = max(1.0, variance**2 / float((moves**4).sum()))
+        level = min(2 * NormalDist().cdf(float(t.ppf(0.975, few))) - 1, 1 - 1e-9)
+        low, high = metrics.wilson(value, value * (1 - value) / variance, level=level)
     return Rate(value=value, low=min(low, value), high=max(high, value))
 
 
