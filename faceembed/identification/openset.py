@@ -303,13 +303,13 @@ def _rate(value: float, rows: NDArray, of_rows: Floats, columns: NDArray, of_col
     """An interval from what each search and each enrolled person adds to the deviation; one person's parts are added up."""
     names, index = np.unique(np.concatenate([np.asarray(rows), np.asarray(columns)]), return_inverse=True)
     moves = np.bincount(index, np.concatenate([of_rows, of_columns]), len(names))
-    searching = np.unique(index[: len(rows)])
-    if value in (0.0, 1.0):  # then nothing varies: as many trials as people who searched
-        low, high = metrics.wilson(value, len(searching))
+    variance = float(np.square(moves).sum())
+    if variance < 1e-18 or not 1e-9 < value < 1 - 1e-9:
+        # Nothing varies, in these data: as many trials as people who searched.
+        low, high = metrics.wilson(min(1.0, max(0.0, value)), len(np.unique(index[: len(rows)])))
     else:
         # Where few people move it most, their number is what the variance rests on: Student's quantile, with the effective
         # number of people as degrees of freedom.
-        variance = float(np.square(moves).sum())
         few = max(1.0, variance**2 / float((moves**4).sum()))
         level = min(2 * NormalDist().cdf(float(t.ppf(0.975, few))) - 1, 1 - 1e-9)
         low, high = metrics.wilson(value, value * (1 - value) / variance, level=level)
