@@ -159,6 +159,24 @@ def test_claims_are_answered_with_yes_no_or_cannot_tell(tmp_path):
         assert len(strict) == 2
 
 
+def test_runs_without_thresholds_for_searches_answer_claims_by_those_for_pairs(tmp_path):
+    points = [{"fmr": 0.01, "threshold": 2.6, "resolution": "flagged"}]
+    older = a_policy({}) | {"operating_points": {"logistic_distance": points}}
+    older.pop("identification")
+    with opened(tmp_path / "g", embedder=Embedder(policy=older)) as gallery:
+        gallery.enroll("ann", photo(1))
+        claim = gallery.verify("ann", photo(1, 1), fmr=0.01)
+        assert claim.cut.distance == pytest.approx((2.6 - 3.0) / -4.0)
+        assert claim.cut.status == "flagged"
+        assert bool(claim) == (claim.llr >= 2.6)
+        gallery.enroll("ann", photo(1, 2), if_there="add")
+        assert gallery.verify("ann", photo(1, 1), fmr=0.01).cut.status == "extrapolated"
+        with pytest.raises(ValueError, match="no thresholds for identification"):
+            gallery.verify("ann", photo(1), fmr=0.001)
+        with pytest.raises(ValueError, match="no thresholds for identification"):
+            gallery.identify(photo(1))
+
+
 def test_several_photos_are_pooled_and_stay(tmp_path):
     with opened(tmp_path / "g") as gallery:
         entry = gallery.enroll("ann", [photo(1, take) for take in range(3)])

@@ -487,6 +487,7 @@ def with_points(embedder):
     from faceembed.data import sources
 
     assert embedder.policy["operating_points"] == {name: [] for name in embedder.policy["heads"]}
+    assert embedder.policy["identification"] == {"people": 4, "cuts": []}
     photos = sources.open_source("synthetic", people=40, photos=3, seed=9, size=36)
     heads = {name: embedder.head(name) for name in embedder.policy["heads"]}
     found = evaluate.compare_photos(embedder, photos, heads, fmrs=evaluate.POLICY_FMRS, progress=False, draws=50)

@@ -272,7 +272,7 @@ class Gallery:
           ValueError: nobody of that name is enrolled, or the checkpoint has no threshold for that FMR.
         """
         entry = self.store.get(name)
-        cut = self._cut(fmr, 1, (len(entry.templates),), distance)
+        cut = self._claim_cut(entry, fmr, distance)
         shot = self._look(photo, "largest")[0]
         if shot.trouble:
             return Claim(answer=CANNOT_TELL, name=entry.name, distance=None, llr=None, cut=cut, reason=shot.trouble)
@@ -283,9 +283,7 @@ class Gallery:
     ) -> Claim:
         """`verify` of a ready embedding [d]."""
         entry = self.store.get(name)
-        return self._claim(
-            entry, np.asarray(embedding, np.float32), self._cut(fmr, 1, (len(entry.templates),), distance)
-        )
+        return self._claim(entry, np.asarray(embedding, np.float32), self._claim_cut(entry, fmr, distance))
 
     def _claim(self, entry: Entry, embedding: NDArray[np.float32], cut: Cut) -> Claim:
         found = float(np.square(embedding.astype(np.float64) - entry.pooled).sum())
@@ -378,10 +376,29 @@ class Gallery:
             return Cut(distance=distance, fpir=float("nan"), k=k, photos=1, status="given")
         return policy.cut_for(self.embedder.policy, fpir=rate, k=k, photos=photos)
 
-    def _llr(self, distance: float) -> float | None:
-        """The checkpoint's `logistic_distance` is linear in the squared distance."""
+    def _claim_cut(self, entry: Entry, fmr: float, distance: float | None) -> Cut:
+        """A search among one person; where thresholds for searches are missing, as in older runs, the head's for pairs."""
+        try:
+            return self._cut(fmr, 1, (len(entry.templates),), distance)
+        except ValueError:
+            found = (self.embedder.policy or {}).get("operating_points", {}).get("logistic_distance", [])
+            points = [point for point in found if point["fmr"] == fmr]
+            if not points or self._line is None:
+                raise
+            weight, intercept = self._line
+            # Set on pairs of single photos: of a mean of several it says less.
+            status = points[0]["resolution"] if len(entry.templates) == 1 else "extrapolated"
+            at = (points[0]["threshold"] - intercept) / weight
+            return Cut(distance=at, fpir=fmr, k=1, photos=1, status=status)
+
+    @property
+    def _line(self) -> tuple[float, float] | None:
+        """(weight, intercept) of the checkpoint's `logistic_distance`, which is linear in the squared distance."""
         head: Any = ((self.embedder.policy or {}).get("heads") or {}).get("logistic_distance")
-        return None if head is None else float(head["weight"][0] * distance + head["intercept"])
+        return None if head is None else (float(head["weight"][0]), float(head["intercept"]))
+
+    def _llr(self, distance: float) -> float | None:
+        return None if self._line is None else self._line[0] * distance + self._line[1]
 
     # ---- looking after people ------------------------------------------------------------------------------------------
 
