@@ -283,6 +283,33 @@ def test_people_are_renamed_and_removed(tmp_path):
         assert gallery.identify(photo(3, 1)).name == "bob"
 
 
+def test_an_export_of_another_checkpoint_is_not_taken_in(tmp_path):
+    with opened(tmp_path / "g") as gallery:
+        gallery.enroll("ann", photo(1))
+        gallery.export(tmp_path / "all.npz")
+        assert [entry.name for entry in gallery.entries()] == ["ann"]
+    with opened(tmp_path / "h", embedder=Embedder(fingerprint="b" * 64)) as other:
+        with pytest.raises(ValueError, match="aaaaaaaaaaaa there, bbbbbbbbbbbb now"):
+            other.import_from(tmp_path / "all.npz")
+        assert len(other) == 0
+    with opened(tmp_path / "i") as same:
+        same.import_from(tmp_path / "all.npz")
+        assert same.identify(photo(1, 1)).name == "ann"
+        with pytest.raises(ValueError, match="already"):
+            same.import_from(tmp_path / "all.npz")
+
+
+def test_thousands_of_photos_are_embedded_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(faces, "CHUNK", 7)
+    with opened(tmp_path / "g") as gallery:
+        gallery.enroll_people({f"p{i:02d}": [photo(i)] for i in range(20)})
+        assert gallery.embedder.calls == [7, 7, 6]
+        found = gallery.identify_photos([photo(i, 1) for i in range(20)])
+        assert [shots[0].name for shots in found] == [f"p{i:02d}" for i in range(20)]
+        with pytest.raises(FileNotFoundError):
+            gallery.identify(tmp_path / "gone.jpg")
+
+
 def test_embeddings_come_with_their_photos_or_not_at_all(tmp_path):
     with opened(tmp_path / "g") as gallery:
         entry = gallery.enroll_embeddings("ann", np.eye(8)[:2], photos=["a", "b"], quality=[0.5, 1.0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +19,7 @@ from faceembed.preprocess import Preprocess, crop_square, framed_square
 if TYPE_CHECKING:
     from faceembed.embed import Embedder
 
-__all__ = ["Framing", "Photo", "Shot", "Which", "aligner_of", "embedded", "look", "look_at_all", "photos_in"]
+__all__ = ["Framing", "Photo", "Shot", "Which", "aligner_of", "embed_faces", "look", "photos_in"]
 
 Photo = str | Path | NDArray[np.uint8]
 """A path, or uint8 RGB [h, w, 3]."""
@@ -29,6 +29,9 @@ Framing = Literal["detect", "tight", "celeba", "lfw"]
 
 Which = Literal["only", "largest", "all"]
 """Which faces count: there must be one (others less than half as high are behind it); the largest; or each of them."""
+
+CHUNK = 1024
+"""Photos whose crops are in memory at once."""
 
 BEHIND = 0.5
 """Of the largest face's height: lower ones are in the background, and "only" does not mind them."""
@@ -44,6 +47,7 @@ class Shot:
       crop: uint8 RGB [s, s, 3] in the encoder's template; None where there is no face.
       quality: of the crop.
       trouble: why nothing should be decided by it, or None.
+      vector: [d] float32 embedding, once it was made.
     """
 
     photo: str
@@ -51,6 +55,7 @@ class Shot:
     crop: NDArray[np.uint8] | None = None
     quality: Quality | None = None
     trouble: str | None = None
+    vector: NDArray[np.float32] | None = None
 
 
 def aligner_of(preprocess: Preprocess, framing: Framing = "detect") -> str:
@@ -123,30 +128,49 @@ def _shot(pixels: NDArray[np.uint8], face: Face, name: str, aligner: crops.Align
     return Shot(photo=name, box=face.box, crop=crop, quality=quality, trouble=quality.trouble(limits))
 
 
-def look_at_all(
-    photos: Sequence[Photo], preprocess: Preprocess, *, framing: Framing = "detect", which: Which = "largest",
-    limits: Limits = LIMITS, progress: bool = False, what: str = "looking for faces",
+def embed_faces(
+    embedder: Embedder, photos: Sequence[Photo], *, framing: Framing = "detect", which: Which = "largest",
+    limits: Limits = LIMITS, strict: bool = False, progress: bool = False,
 ) -> list[list[Shot]]:  # fmt: skip
-    """`look` at many photos, on all cores; a file that does not read gives a shot with that trouble."""
+    """`look` at many photos, on all cores, and the embeddings of the faces that will do, in batches of the device.
+
+    A file that does not read gives a shot with that trouble, or with `strict` raises as `look`. Crops are let go: memory
+    does not grow with the photos.
+
+    Returns:
+      A list for each photo, of shots with a `vector` unless there is `trouble`.
+    """
 
     def one(photo: Photo) -> list[Shot]:
         try:
-            return look(photo, preprocess, framing=framing, which=which, limits=limits)
+            return look(photo, embedder.preprocess, framing=framing, which=which, limits=limits)
         except (OSError, ValueError) as error:
+            if strict:
+                raise
             return [Shot(photo="" if isinstance(photo, np.ndarray) else Path(photo).name, trouble=str(error))]
 
     if framing == "detect" and len(photos):
         crops.require("centerface")  # told once, and not for each photo
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        found: Iterable[list[Shot]] = pool.map(one, photos)
-        return list(sources.progress_bar(found, len(photos), what, shown=progress))
-
-
-def embedded(embedder: Embedder, shots: Sequence[Shot]) -> NDArray[np.float32]:
-    """[n, d] embeddings of shots that have a crop, in batches of the device."""
-    if not shots:
-        return np.zeros((0, 0), np.float32)
-    return np.asarray(embedder(np.stack([shot.crop for shot in shots if shot.crop is not None])), np.float32)
+    found: list[list[Shot]] = []
+    with (
+        concurrent.futures.ThreadPoolExecutor() as pool,
+        sources.progress_bar(None, len(photos), "faces", shown=progress) as bar,
+    ):
+        for start in range(0, len(photos), CHUNK):
+            part = list(pool.map(one, photos[start : start + CHUNK]))
+            ready = [shot for shots in part for shot in shots if not shot.trouble and shot.crop is not None]
+            vectors = iter(embedder(np.stack([shot.crop for shot in ready if shot.crop is not None])) if ready else ())
+            found += [
+                [
+                    dataclasses.replace(
+                        shot, crop=None, vector=None if shot.trouble else np.array(next(vectors), np.float32)
+                    )
+                    for shot in shots
+                ]
+                for shots in part
+            ]
+            bar.update(len(part))
+    return found
 
 
 def photos_in(folder: Path) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,18 @@ from faceembed.identification import faces, policy
 from faceembed.identification.faces import Framing, Photo, Shot, Which
 from faceembed.identification.policy import Cut
 from faceembed.identification.quality import LIMITS, Limits
-from faceembed.identification.store import Entry, IfThere, Origin, Store, Template, checked_name, open_store
+from faceembed.identification.store import (
+    Entry,
+    IfThere,
+    Origin,
+    Store,
+    Template,
+    check_origin,
+    checked_name,
+    export_npz,
+    import_npz,
+    open_store,
+)
 
 if TYPE_CHECKING:
     from faceembed.embed import Embedder
@@ -160,7 +171,7 @@ class Gallery:
         listed: list[Photo] = [photos] if isinstance(photos, str | Path | np.ndarray) else list(photos)
         if not listed:
             raise ValueError(f"there are no photos of {name}: give one, or several.")
-        shots = [self._look(photo, which)[0] for photo in listed]
+        shots = [found[0] for found in self._shots(listed, which, strict=True)]
         for photo, shot in zip(listed, shots, strict=True):
             if shot.trouble:
                 shown = f"photo {shot.photo!r}" if not isinstance(photo, np.ndarray) else "a photo"
@@ -198,9 +209,7 @@ class Gallery:
                 )
         owners = [name for name, photos in named.items() for _ in photos]
         listed = [photo for photos in named.values() for photo in photos]
-        found = faces.look_at_all(
-            listed, self.embedder.preprocess, framing=self._framing, which=which, limits=self._limits, progress=progress
-        )
+        found = self._shots(listed, which, progress=progress)
         good: dict[str, list[Shot]] = {}
         refused = []
         for owner, (shot, *_) in zip(owners, found, strict=True):
@@ -237,17 +246,23 @@ class Gallery:
         self.store.write([entry], if_there=if_there)
         return entry
 
-    def _look(self, photo: Photo, which: Which) -> list[Shot]:
-        return faces.look(
-            photo, self.embedder.preprocess, framing=self._framing, which=which, limits=self._limits
-        )  # fmt: skip
+    def _shots(
+        self, photos: Sequence[Photo], which: Which, *, strict: bool = False, progress: bool = False
+    ) -> list[list[Shot]]:
+        return faces.embed_faces(
+            self.embedder,
+            photos,
+            framing=self._framing,
+            which=which,
+            limits=self._limits,
+            strict=strict,
+            progress=progress,
+        )
 
     def _write(self, people: Mapping[str, Sequence[Shot]], if_there: IfThere) -> list[Entry]:
-        vectors = iter(faces.embedded(self.embedder, [shot for shots in people.values() for shot in shots]))
-
         def template(shot: Shot) -> Template:
-            quality = shot.quality.score if shot.quality else 1.0
-            return Template(photo=shot.photo, quality=quality, vector=next(vectors).copy())
+            assert shot.vector is not None
+            return Template(photo=shot.photo, quality=shot.quality.score if shot.quality else 1.0, vector=shot.vector)
 
         now = _now()
         entries = [
@@ -273,10 +288,10 @@ class Gallery:
         """
         entry = self.store.get(name)
         cut = self._claim_cut(entry, fmr, distance)
-        shot = self._look(photo, "largest")[0]
-        if shot.trouble:
+        shot = self._shots([photo], "largest", strict=True)[0][0]
+        if shot.trouble or shot.vector is None:
             return Claim(answer=CANNOT_TELL, name=entry.name, distance=None, llr=None, cut=cut, reason=shot.trouble)
-        return self._claim(entry, faces.embedded(self.embedder, [shot])[0], cut)
+        return self._claim(entry, shot.vector, cut)
 
     def verify_embedding(
         self, name: str, embedding: ArrayLike, *, fmr: float = 0.001, distance: float | None = None
@@ -307,7 +322,9 @@ class Gallery:
           FileNotFoundError: there is no such photo.
           ValueError: the gallery is empty, or the checkpoint has no threshold for that FPIR.
         """
-        return self.identify_photos([photo], fpir=fpir, candidates=candidates, distance=distance)[0][0]
+        self._gallery_cut(fpir, distance)
+        shots = self._shots([photo], "largest", strict=True)
+        return self._identified(shots, fpir, candidates, distance)[0][0]
 
     def identify_photos(
         self, photos: Sequence[Photo], *, fpir: float = 0.01, candidates: int = 5, distance: float | None = None,
@@ -317,16 +334,20 @@ class Gallery:
 
         A photo that does not read, or shows no face, gives one answer, "cannot tell", with its reason.
         """
-        cut = self._gallery_cut(fpir, distance)
-        found = faces.look_at_all(
-            photos, self.embedder.preprocess, framing=self._framing, which=which, limits=self._limits, progress=progress
-        )
-        ready = [shot for shots in found for shot in shots if not shot.trouble]
-        answers = iter(self._search(faces.embedded(self.embedder, ready), cut, candidates))
+        self._gallery_cut(fpir, distance)  # what cannot be answered is told before an hour of work
+        found = self._shots(photos, which, progress=progress)
+        return self._identified(found, fpir, candidates, distance)
+
+    def _identified(
+        self, found: Sequence[Sequence[Shot]], fpir: float, candidates: int, distance: float | None
+    ) -> list[list[Identification]]:
+        cut = self._gallery_cut(fpir, distance)  # for the gallery as it is now
+        vectors = [shot.vector for shots in found for shot in shots if shot.vector is not None]
+        answers = iter(self._search(np.array(vectors), cut, candidates))
         return [
             [
                 dataclasses.replace(
-                    self._unknown(cut, shot.trouble) if shot.trouble else next(answers),
+                    self._unknown(cut, shot.trouble) if shot.vector is None else next(answers),
                     photo=shot.photo, box=None if shot.box is None else tuple(shot.box.tolist()),
                 )
                 for shot in shots
@@ -364,7 +385,7 @@ class Gallery:
             )  # fmt: skip
         return answers
 
-    def _unknown(self, cut: Cut, reason: str) -> Identification:
+    def _unknown(self, cut: Cut, reason: str | None) -> Identification:
         return Identification(answer=CANNOT_TELL, name=None, candidates=(), cut=cut, enrolled=len(self), reason=reason)
 
     # ---- thresholds and scores -----------------------------------------------------------------------------------------
@@ -387,7 +408,7 @@ class Gallery:
                 raise
             weight, intercept = self._line
             # Set on pairs of single photos: of a mean of several it says less.
-            status = points[0]["resolution"] if len(entry.templates) == 1 else "extrapolated"
+            status: Any = points[0]["resolution"] if len(entry.templates) == 1 else "extrapolated"
             at = (points[0]["threshold"] - intercept) / weight
             return Cut(distance=at, fpir=fmr, k=1, photos=1, status=status)
 
@@ -405,6 +426,25 @@ class Gallery:
     def names(self) -> list[str]:
         """Everybody's name, sorted."""
         return self.store.names()
+
+    def entries(self) -> Iterator[Entry]:
+        """Everybody with their templates, sorted by name."""
+        return self.store.entries()
+
+    def export(self, path: str | Path) -> None:
+        """Writes everybody into one .npz that its owner alone can read."""
+        export_npz(self.store, path)
+
+    def import_from(self, path: str | Path, *, if_there: IfThere = "error") -> list[Entry]:
+        """Enrols everybody of an export, all of them or none.
+
+        Raises:
+          ValueError: it is no export, or was made with another checkpoint or framing, or somebody is there already.
+        """
+        origin, entries = import_npz(path)
+        check_origin(path, origin, self.origin)
+        self.store.write(entries, if_there=if_there)
+        return entries
 
     def remove(self, names: str | Sequence[str]) -> None:
         """Removes people and all bytes that were kept of them; all of them or none.
