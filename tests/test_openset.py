@@ -190,6 +190,61 @@ def test_tpir_intervals_hold_the_rate_of_the_population():
     assert inside / 200 >= 0.92
 
 
+def test_the_people_enrolled_are_in_the_interval_of_tpir():
+    """Impostors who outrank everybody: leaving one out moves many searches, and the interval must know."""
+    rng = np.random.default_rng(11)
+
+    def draw(r, people):
+        scores = 1.5 * r.normal(size=(1, people)) + r.normal(size=(people, people))
+        scores[np.arange(people), np.arange(people)] += 4.0 - scores.max(axis=0) * 0
+        return Mated(scores=scores, mate=np.arange(people), pool=np.arange(people))
+
+    truth = np.mean([openset.tpir(draw(rng, 400), 30).value for _ in range(40)])
+    found = [openset.tpir(draw(rng, 60), 30) for _ in range(300)]
+    held = np.mean([rate.low <= truth <= rate.high for rate in found])
+    assert 0.92 <= held <= 0.995
+    # Taken over those who search alone, it would be a binomial's.
+    searchers = np.mean([2 * 1.96 * math.sqrt(rate.value * (1 - rate.value) / 60) for rate in found])
+    assert abs(np.mean([rate.high - rate.low for rate in found]) / searchers - 1) > 0.05
+
+
+@pytest.mark.parametrize("strangers", [1, 2, 3, 6])
+def test_few_strangers_say_little(strangers):
+    truth = true_fpir(10, 3.0)
+    rng = np.random.default_rng(strangers)
+    inside = 0
+    for _ in range(300):
+        scores = population(rng, strangers, 300)
+        found = openset.fpir(NonMated(scores=scores, who=np.arange(strangers), pool=np.arange(300) + 50), 10, 3.0)
+        inside += found.low <= truth <= found.high
+    assert inside / 300 >= 0.9
+
+
+def test_beyond_the_pool_nobody_is_taken_back():
+    """A larger gallery never lets in fewer strangers, nor finds more people, than the whole pool did."""
+    non_mated = some_searches(3, strangers=40, people=8)
+    whole = openset.fpir(non_mated, 8, 1.5).value
+    lows = [openset.bracket(non_mated, k, 1.5)[0] for k in (8, 9, 12, 100)]
+    assert lows[0] == whole
+    assert (np.diff(lows) >= 0).all()
+    with pytest.raises(ValueError, match="`bracket` says what is known beyond"):
+        openset.fpir(non_mated, 9, 1.5)
+    rng = np.random.default_rng(0)
+    mated = Mated(scores=rng.normal(size=(8, 8)) + 2 * np.eye(8), mate=np.arange(8), pool=np.arange(8))
+    found = [openset.tpir(mated, k).value for k in (8, 9, 12, 100)]
+    assert (np.diff(found) <= 0).all()
+
+
+def test_searches_that_share_no_comparison_are_counted_once():
+    apart = NonMated(scores=np.zeros((6, 10)), who=np.arange(6) + 100, pool=np.arange(10))
+    assert [apart.searches(k) for k in (1, 3, 5, 10)] == [60, 18, 12, 6]
+    scores = np.zeros((10, 10))
+    np.fill_diagonal(scores, -np.inf)
+    among = NonMated(scores=scores, who=np.arange(10), pool=np.arange(10))
+    assert among.searches(1) == 45  # pairs of ten people
+    assert openset.ranked(among, share=0.5).searches(3) == openset.ranked(among, share=0.5).single * 3
+
+
 def test_beyond_the_pool_the_truth_lies_within_the_bracket():
     rng = np.random.default_rng(6)
     k, threshold = 400, 5.4

@@ -124,10 +124,36 @@ def test_stability_and_backtest_agree_with_the_population():
     assert found.target < found.share.min()
     assert ((found.low <= found.threshold) & (found.threshold <= found.high)).all()
     assert np.ptp(found.threshold) < 0.5
-    hidden = tails.backtest(best, 40, 0.005, hidden=0.9, draws=60)
-    assert (hidden.fitted_on, hidden.others) == (300, 2700)
-    assert hidden.low < 0.005 < hidden.high
-    assert 0.5 < hidden.realised / 0.005 < 2
+
+
+@pytest.mark.parametrize(("target", "shown"), [(0.005, 600), (0.01, 100)])
+def test_hidden_strangers_come_as_rarely_as_asked_for(target, shown):
+    """Down to one stranger in expectation, where the threshold of the one fitted tail lets in a third more."""
+    best = openset.ranked(searches(3000, 40))
+    hidden = tails.backtest(best, 40, target, shown=shown, draws=60)
+    assert (hidden.fitted_on, hidden.others, hidden.expected) == (shown, 3000 - shown, pytest.approx(shown * target))
+    assert hidden.low < target < hidden.high
+    assert 0.6 < hidden.realised / target < 1.25
+
+
+def test_those_who_are_shown_do_not_judge():
+    """Of 40 strangers 20 are far above the others: shown alone, they set a threshold that the others never reach."""
+    scores = np.concatenate([np.full((20, 1), 10.0), np.zeros((20, 1))]) + np.random.default_rng(0).uniform(
+        0, 1, (40, 5)
+    )
+    best = openset.ranked(NonMated(scores=scores, who=np.arange(40), pool=np.arange(5) + 100), share=0.9)
+    found = [tails.backtest(best, 5, 0.3, shown=20, share=0.8, draws=1, seed=seed) for seed in range(30)]
+    assert all(0 <= one.realised <= 1 for one in found)
+    # What is shown and what is judged add up to all: with most high ones shown few are left to come.
+    assert np.std([one.realised for one in found]) > 0.03
+    with pytest.raises(ValueError, match="some must be, and some must judge"):
+        tails.backtest(best, 5, 0.3, shown=40)
+
+
+def test_a_cautious_threshold_is_what_nine_in_ten_tails_accept():
+    drawn = [tails.Tail(k=5, at=1.0, share=0.1, shape=0.0, scale=s, searches=9.0) for s in np.linspace(0.1, 1.1, 11)]
+    cut = tails.cautious_threshold(drawn, 0.01)
+    assert sum(float(tail.fpir(cut)) <= 0.01 + 1e-12 for tail in drawn) == 10
 
 
 def test_too_few_excesses_are_refused():

@@ -71,7 +71,7 @@ def run(arguments: list[str]) -> None:
     if options.out and not report.can_write(options.out):
         raise ValueError(f"--out is {options.out}: files cannot be written there. Name a folder of yours.")
     embedder = load(options.checkpoint) if "synthetic" in options.source else None
-    test, calibrate = _photos(options, embedder)
+    test, calibrate, set_by = _photos(options, embedder)
     for line in sources.problem_lines(test):
         print(line)
     embedder = embedder or load(options.checkpoint)
@@ -103,12 +103,12 @@ def run(arguments: list[str]) -> None:
         print(f"warning: {warning}")
     print(f"{time.perf_counter() - started:.1f} s")
     if options.set_policy:
-        _set_policy(policy_file, embedder, parts[1], calibrate, options)
-    _write(options, arguments, embedder, test, calibrate, results)
+        _set_policy(policy_file, embedder, parts[1], calibrate, set_by, options)
+    _write(options, arguments, embedder, test, calibrate, set_by, results)
 
 
-def _photos(options: Options, embedder: "Embedder | None") -> tuple["Photos", "Photos"]:
-    """The tested people and those who set thresholds: nobody is in both."""
+def _photos(options: Options, embedder: "Embedder | None") -> tuple["Photos", "Photos", str]:
+    """The tested people, those who set thresholds, and who these are in words: nobody is in both."""
     from faceembed.data import sources, splits
 
     source = options.source
@@ -120,17 +120,23 @@ def _photos(options: Options, embedder: "Embedder | None") -> tuple["Photos", "P
             if len(shared):
                 raise ValueError(
                     f"{len(shared):,} people of {options.calibrate} are also among those tested, such as "
-                    f"{str(shared[0])!r}: thresholds must come from others. Leave --calibrate out, and half of the "
-                    "people set them."
+                    f"{str(shared[0])!r}: thresholds must come from others. Leave --calibrate out, and half of the people "
+                    "set them."
                 )
-        return test, calibrate
+        return test, calibrate, options.calibrate
     if source in ("lfw:dev_test", "lfw:dev_train"):
         other = {"lfw:dev_test": "lfw:dev_train", "lfw:dev_train": "lfw:dev_test"}[source]
-        return test, _people(other, "calibrate", options, embedder)
+        return test, _people(other, "calibrate", options, embedder), other
     if source.startswith("heldout:"):
-        return test, _people(source, "calibrate", options, embedder)
+        return test, _people(source, "calibrate", options, embedder), f"calibrate people of {source.partition(':')[2]}"
     half = splits.halves_of(test.people)
-    return sources.select(test, half[test.identity]), sources.select(test, ~half[test.identity])
+    if min(half.sum(), (~half).sum()) < 3:
+        raise ValueError(
+            f"{source} has {len(half)} people: one half of them is tested and the other sets thresholds, so a dozen at the "
+            "least are needed. Name others for the thresholds: --calibrate SOURCE."
+        )
+    set_by = f"half of the people of {source}, who are not tested"
+    return sources.select(test, half[test.identity]), sources.select(test, ~half[test.identity]), set_by
 
 
 def _people(source: str, split: str, options: Options, embedder: "Embedder | None") -> "Photos":
@@ -167,21 +173,22 @@ def _policy_file(embedder: "Embedder") -> Path:
     return file
 
 
-def _set_policy(file: Path, embedder: "Embedder", emb: np.ndarray, calibrate: "Photos", options: Options) -> None:
+def _set_policy(
+    file: Path, embedder: "Embedder", emb: np.ndarray, calibrate: "Photos", set_by: str, options: Options
+) -> None:
     from faceembed import report
     from faceembed.identification import policy
 
     content = dict(embedder.policy or {"fingerprint": embedder.fingerprint, "heads": {}, "operating_points": {}})
-    content["identification"] = policy.thresholds(emb, calibrate.identity) | {
-        "source": options.calibrate or options.source
-    }
+    fpirs = sorted({*options.fpirs, *policy.FPIRS}, reverse=True)
+    content["identification"] = policy.thresholds(emb, calibrate.identity, fpirs=fpirs) | {"source": set_by}
     report.write_json(file, content)
     print(f"thresholds written: {file}")
 
 
 def _write(
     options: Options, arguments: list[str], embedder: "Embedder", test: "Photos", calibrate: "Photos",
-    results: "IdentificationResults",
+    set_by: str, results: "IdentificationResults",
 ) -> None:  # fmt: skip
     from faceembed import report
     from faceembed.data import pipeline, sources
@@ -190,7 +197,7 @@ def _write(
     content = {
         "schema": report.SCHEMA, "checkpoint": str(embedder.path), "source": options.source,
         "fingerprint": test.fingerprint,
-        "calibrate": {"source": options.calibrate or options.source, "people": len(calibrate.people)},
+        "calibrate": {"source": set_by, "people": len(calibrate.people)},
         "results": results.to_dict(),
     }  # fmt: skip
     targets = [options.json] if options.json else []
@@ -208,7 +215,7 @@ def _write(
     shown = page.IdentificationPage(
         title=options.source,
         tested=f"{len(test):,} photos of {len(test.people):,} people, by the embeddings of {embedder.path}; thresholds "
-        f"from {len(calibrate):,} photos of {len(calibrate.people):,} other people.",
+        f"from {len(calibrate):,} photos of {len(calibrate.people):,} other people ({set_by}).",
         results=results,
         crops=dict(zip(drawn.tolist(), pictures, strict=True)),
         keys=test.keys,

@@ -88,8 +88,12 @@ class NonMated:
         return len(np.unique(self.who))
 
     def searches(self, k: int) -> int:
-        """Searches that share no comparison: strangers times the disjoint galleries of k in the pool, at least 1."""
-        return self.strangers * max(1, int(self.sizes.min()) // k)
+        """Searches that share no comparison: strangers times the disjoint galleries of k in the pool, at least 1.
+
+        Half of them where those who search are the pool: each pair of people meets twice.
+        """
+        both = len(np.intersect1d(self.who, self.pool)) / self.strangers
+        return round(self.strangers * max(1, int(self.sizes.min()) // k) * (1 - both / 2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,8 +215,12 @@ def fpir(non_mated: NonMated, k: int, threshold: float) -> Rate:
       `Rate`. The interval adds up what each person moves the rate by, as a stranger and as one who is enrolled (the
       first-order projection of the U-statistic), so that it holds for other strangers and other people enrolled.
     """
-    if k < 1:
-        raise ValueError(f"k is {k}: a gallery has one person or more.")
+    pool = int(non_mated.sizes.min())
+    if not 1 <= k <= pool:
+        raise ValueError(
+            f"k is {k}: galleries of one person or more, up to the {pool} that every search meets, can be drawn. `bracket` "
+            "says what is known beyond."
+        )
     m, chance = _found(non_mated, k, threshold)
     weight, sizes = non_mated.weight, non_mated.sizes
     value = float(weight @ chance)
@@ -235,7 +243,8 @@ def tpir(mated: Mated, k: int, threshold: float = -np.inf, *, rank: int = 1) -> 
 
     Args:
       mated: the searches.
-      k: people enrolled, at least 1; beyond the pool the others are drawn with replacement (extrapolated).
+      k: people enrolled, at least 1. Beyond the pool the others are drawn with replacement, and it is at most what the
+        pool shows: an extrapolation, and too high in expectation, since nobody is ahead who was not seen.
       threshold: a score.
       rank: R.
 
@@ -252,6 +261,9 @@ def tpir(mated: Mated, k: int, threshold: float = -np.inf, *, rank: int = 1) -> 
         among = hypergeom.cdf(rank - 1, others, ahead, k - 1) if others else np.ones(len(ahead))
     else:
         among = binom.cdf(rank - 1, k - 1, share)
+    if k - 1 > others:
+        # Drawing somebody twice must not make a larger gallery look like a smaller one.
+        among = np.minimum(among, hypergeom.cdf(rank - 1, others, ahead, others) if others else 1.0)
     hit = accepted * among
     value = float(weight @ hit)
     columns = np.zeros(len(mated.pool))
@@ -303,15 +315,17 @@ def _rate(value: float, rows: NDArray, of_rows: Floats, columns: NDArray, of_col
     """An interval from what each search and each enrolled person adds to the deviation; one person's parts are added up."""
     names, index = np.unique(np.concatenate([np.asarray(rows), np.asarray(columns)]), return_inverse=True)
     moves = np.bincount(index, np.concatenate([of_rows, of_columns]), len(names))
-    variance = float(np.square(moves).sum())
-    if variance < 1e-18 or not 1e-9 < value < 1 - 1e-9:
+    searching = len(np.unique(index[: len(rows)]))
+    variance = float(np.square(moves).sum()) * searching / max(1, searching - 1)
+    if searching == 1 or variance < 1e-18 or not 1e-9 < value < 1 - 1e-9:
         # Nothing varies, in these data: as many trials as people who searched.
-        low, high = metrics.wilson(min(1.0, max(0.0, value)), len(np.unique(index[: len(rows)])))
+        low, high = metrics.wilson(min(1.0, max(0.0, value)), searching)
     else:
         # Where few people move it most, their number is what the variance rests on: Student's quantile, with the effective
         # number of people as degrees of freedom.
-        few = max(1.0, variance**2 / float((moves**4).sum()))
-        level = min(2 * NormalDist().cdf(float(t.ppf(0.975, few))) - 1, 1 - 1e-9)
+        few = np.square(moves).sum() ** 2 / (moves**4).sum()
+        degrees = max(1.0, min(float(few), searching - 1.0))
+        level = min(2 * NormalDist().cdf(float(t.ppf(0.975, degrees))) - 1, 1 - 1e-9)
         low, high = metrics.wilson(value, value * (1 - value) / variance, level=level)
     return Rate(value=value, low=min(low, value), high=max(high, value))
 
@@ -334,6 +348,7 @@ class Ranked:
       who: [s] the stranger behind it.
       sizes: [s] people each search meets.
       share: FPIRs up to this are covered, for every K.
+      single: searches of one person that share no comparison, as `NonMated.searches(pool)` counts them.
     """
 
     score: Floats
@@ -343,6 +358,7 @@ class Ranked:
     who: NDArray
     sizes: Ints
     share: float
+    single: int
 
     @property
     def pool(self) -> int:
@@ -351,7 +367,7 @@ class Ranked:
 
     def searches(self, k: int) -> int:
         """As `NonMated.searches`."""
-        return len(np.unique(self.who)) * max(1, self.pool // k)
+        return self.single * max(1, self.pool // k)
 
     def weights(self, k: int) -> Floats:
         """[n] share of searches in galleries of k whose best score is this one.
@@ -417,7 +433,7 @@ def ranked(non_mated: NonMated, *, share: float = 0.1) -> Ranked:
     place[by_search] = np.arange(len(kept)) - start + 1
     return Ranked(
         score=flat[kept].astype(np.float64), search=search, place=place, weight=weight, who=np.asarray(non_mated.who),
-        sizes=sizes, share=share,
+        sizes=sizes, share=share, single=non_mated.searches(int(sizes.min())),
     )  # fmt: skip
 
 
@@ -450,8 +466,8 @@ def threshold_at_fpir(best: Ranked, k: int, target: float) -> float:
 def bracket(non_mated: NonMated, k: int, threshold: float) -> tuple[float, float]:
     """(low, high) between which FPIR(K, T) lies in expectation, for K beyond the pool; equal to `fpir` within it.
 
-    Low: 1 - mean (1 - m_i/M)^K. As 1 - (1 - p)^K is concave in p, the shares m_i/M in the place of the true ones make it
-    too low: strangers with no match in the pool are taken to have none anywhere.
+    Low: 1 - mean (1 - m_i/M)^K, or FPIR(M) where that is more. As 1 - (1 - p)^K is concave in p, the shares m_i/M in the
+    place of the true ones make it too low: strangers with no match in the pool are taken to have none anywhere.
 
     High: FPIR(M) + (K - M)/M · (share of strangers with exactly one match). FPIR is concave in K, so the last step, from
     M - 1 to M people, bounds all that follow; it is the estimate of Good and Turing for what was not seen.
@@ -461,13 +477,12 @@ def bracket(non_mated: NonMated, k: int, threshold: float) -> tuple[float, float
     """
     m, chance = _found(non_mated, k, threshold)
     weight, sizes = non_mated.weight, non_mated.sizes
-    low = float(weight @ chance)
     least = int(sizes.min())
     if k <= least:
-        return low, low
-    seen = float(weight @ (m > 0))
+        return float(weight @ chance), float(weight @ chance)
+    seen = float(weight @ (m > 0))  # in a gallery of the whole pool, which a larger one may hold
     last = float(weight @ ((m == 1) / sizes))
-    return min(low, 1.0), min(1.0, max(low, seen + (k - least) * last))
+    return max(seen, float(weight @ chance)), min(1.0, seen + (k - least) * last)
 
 
 def naive(non_mated: NonMated, k: int, threshold: float) -> float:

@@ -184,7 +184,7 @@ def _open(results: IdentificationResults) -> str:
         flagged |= row.status == "flagged"
         resolved = row.status != "unresolvable"
         mark = "~" if row.status == "flagged" else ""
-        needs = f"-<small>needs\u00a0{row.needs:,} searches</small>"
+        needs = f"-<small>needs\u00a0{row.needs:,} strangers</small>"
         rows.append([
             f"{row.k:,}", str(row.photos), f"{100 * row.cut.fpir:g}\u00a0%", _cell(row.fpir, mark) if resolved else needs,
             _cell(row.tpir) if resolved else "-",
@@ -324,7 +324,8 @@ def _tail(results: IdentificationResults) -> str:
     )  # fmt: skip
     rows = [
         [
-            f"{test.k:,}", f"{100 * test.target:g}\u00a0%", f"{test.fitted_on:,}",
+            f"{test.k:,}", f"{100 * test.target:g}\u00a0%",
+            f"{test.fitted_on:,}<small>{test.expected:.0f} expected</small>",
             f"{report.format_percent(test.realised)}<small>"
             f"{_e(report.format_interval(test.low, test.high)).replace(' ', chr(160))}</small>",
             f"{test.others:,}",
@@ -343,9 +344,11 @@ def _tail(results: IdentificationResults) -> str:
     if rows:
         names = ["enrolled", "FPIR asked", "strangers shown", "FPIR of the hidden", "strangers hidden"]
         backtest = (
-            "<h3>With nine in ten strangers hidden</h3><p>The tail of the few gives a threshold; the many, whom it "
-            "has not seen, say what it is worth. The mean of 100 draws, and where 95 % of them "
-            f"lie.</p>{page.table(names, rows)}"
+            "<h3>With most strangers hidden</h3><p>Half of the calibrate people are enrolled, the others are "
+            "strangers, few of whom are shown: one or three are expected at the rate asked for, as near as a policy "
+            "goes. The many who are hidden say what the thresholds are worth: the mean over draws, and where 95 % of "
+            "them lie. Where the mean lies above what was asked for, extrapolated thresholds let in "
+            f"more.</p>{page.table(names, rows)}"
         )
     return f'<p>{_e(words)}</p><div class="figures">{figures}</div>{backtest}'
 

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from faceembed import metrics, report
 from faceembed.identification import openset, tails
 from faceembed.identification.openset import Mated, NonMated, Ranked, Rate, Searches
-from faceembed.identification.policy import LEAST_EXCESSES, Cut, everybody, set_cut, squared_distances
+from faceembed.identification.policy import MOST_SCORES, Cut, everybody, has_tail, set_cut, squared_distances
 from faceembed.identification.pooling import pooled
 
 __all__ = ["ClosedSet", "IdentificationResults", "LetIn", "OpenSet", "Planned", "draw", "evaluate", "roles"]
@@ -31,6 +31,9 @@ Ints = NDArray[np.int64]
 
 PHOTOS = (1, 2, 5)
 RANKS = (1, 5, 20)
+MOST_ENROLLED, MOST_STRANGERS = 3000, 5000
+"""People who are tested at most, and of more as many at random: bounds memory, with `policy.MOST_SCORES`."""
+
 PLANNED = tuple(round(10 ** (i / 4)) for i in range(2, 25))
 """Gallery sizes of the planner: four a decade, from 3 to a million."""
 
@@ -92,7 +95,7 @@ def draw(
       identity: [n] int person of each, 0 to m - 1.
       enrolled, stranger: [m] bool; of the enrolled those with more than `photos` photos are in the pool.
       photos: in each template; their pooled embedding is the template.
-      draws: how often.
+      draws: how often, at most: fewer where there are so many people that memory would not do.
       seed: of the draws.
 
     Raises:
@@ -110,6 +113,9 @@ def draw(
             f"enrolled with {photos} and searched for with another."
         )
     rng = np.random.default_rng(seed)
+    pool = np.sort(rng.permutation(pool)[:MOST_ENROLLED])
+    outside = np.sort(rng.permutation(outside)[:MOST_STRANGERS])
+    draws = int(np.clip(MOST_SCORES // (len(pool) * (len(pool) + len(outside))), 1, draws))
     templates, probes, visitors, mated, non_mated = [], [], [], [], []
     for _ in range(draws):
         shuffled = order[np.lexsort((rng.random(len(who)), who[order]))]
@@ -142,9 +148,8 @@ class OpenSet:
       fpir: realised by these strangers.
       tpir: enrolled people found: their own name first, and at or above the threshold; 1 - FNIR(K, R=1, T).
       strangers, people: who searched.
-      status: whether the strangers' searches that share no comparison resolve the target: "printed", "flagged",
-        "unresolvable".
-      needs: searches from which it would be printed.
+      status: whether so many strangers resolve the target: "printed", "flagged", "unresolvable".
+      needs: strangers from which it would be printed.
     """
 
     k: int
@@ -225,7 +230,7 @@ class IdentificationResults:
       tail: of the calibrate people, in a gallery of all of them; `seen` has their best scores with FPIRs, and
       `stability`
         and `backtests` show how far to believe it; None where too few people search.
-      let_in: strangers who were taken for somebody, nearest first.
+      let_in: strangers who were taken for somebody in one of the draws, nearest first.
       rivals: other ways to decide, or nothing.
       draws: of photos.
       warnings: what a reader must know.
@@ -328,9 +333,12 @@ def evaluate(
     """
     who = np.asarray(identity)
     count = np.bincount(who, minlength=len(names))
+    warnings: list[str] = []
     enrolled, stranger = roles(names, count)
     first = draw(emb, who, enrolled, stranger, draws=draws, seed=seed)
-    most = len(first.searches.mated.pool)
+    most, strangers = len(first.searches.mated.pool), first.searches.non_mated.strangers
+    if most == MOST_ENROLLED or strangers == MOST_STRANGERS:
+        warnings.append(f"of more people {most:,} were drawn to be enrolled, and {strangers:,} strangers.")
     wanted = list(sizes) or [k for k in (10, 100, 1000, 10_000) if k < most] + [most]
     if max(wanted) > most or min(wanted) < 1:
         raise ValueError(
@@ -338,33 +346,24 @@ def evaluate(
             "two photos or more, and are no strangers. Give smaller ones."
         )
     thresholds = _Thresholds(*calibrate, share=max(*fpirs, tails.SHARE), seed=seed)
-    warnings: list[str] = []
     open_set, closed_set, det = [], [], {}
     for number in photos:
         if number > 1 and int((enrolled & (count > number)).sum()) < 10:
             warnings.append(f"fewer than 10 enrolled people have more than {number} photos: that gallery is left out.")
             continue
         if not thresholds.enough(number):
-            warnings.append(f"too few calibrate people have {number} photos: that gallery is left out.")
-            continue
+            warnings.append(f"too few calibrate people have {number} photos to set a threshold for such galleries.")
         drawn = first if number == 1 else draw(emb, who, enrolled, stranger, photos=number, draws=draws, seed=seed)
         searches = drawn.searches
         there = len(searches.mated.pool)
         for k in _galleries(wanted, there):
             for fpir in sorted(fpirs, reverse=True):
-                if cut := thresholds.cut(fpir, k, number):
+                if thresholds.enough(number) and (cut := thresholds.cut(fpir, k, number)):
                     open_set.append(_open(searches, cut, k, number))
             closed_set.append(_closed(searches.mated, k, number))
             det[f"K = {k}, {number} photo{'s' if number > 1 else ''}"] = _det(searches, k)
-    pool = thresholds.ranked(1, 1).pool
-    best = thresholds.ranked(1, pool)
-    inside = min(max(wanted), pool)
-    enough = best.searches(pool) * tails.SHARE >= LEAST_EXCESSES
-    hidden = [
-        tails.backtest(thresholds.ranked(1, inside), inside, fpir, hidden=0.9, seed=seed)
-        for fpir in sorted({0.03, *fpirs}, reverse=True)
-        if enough and fpir < tails.SHARE and metrics.resolvable(fpir, int(0.9 * thresholds.people))
-    ]
+    best = thresholds.largest() if thresholds.enough(1) else None
+    tail = thresholds.tail(1, best.pool) if best and has_tail(best, best.pool) else None
     largest = [row.cut for row in open_set if row.photos == 1 and row.k == max(wanted) and row.status != "unresolvable"]
     return IdentificationResults(
         people=most,
@@ -376,12 +375,12 @@ def evaluate(
         learning=_learning(emb, who, enrolled, stranger, thresholds, draws=draws, seed=seed, fpirs=fpirs),
         planned={fpir: _planned(first.searches, thresholds, fpir) for fpir in sorted(fpirs, reverse=True)},
         growth=[_growth(first.searches, cut) for cut in largest[:2]],
-        tail=thresholds.tail(1, pool) if enough else None,
-        seen=_seen(best, pool),
-        stability=tails.stability(best, pool, min(fpirs), seed=seed) if enough else None,
-        backtests=hidden,
+        tail=tail,
+        seen=_seen(best, best.pool) if best else ([], []),
+        stability=tails.stability(best, best.pool, min(fpirs), seed=seed) if best and tail else None,
+        backtests=_backtests(*calibrate, max(wanted), seed=seed) if tail else [],
         let_in=_let_in(first, largest),
-        draws=draws,
+        draws=len(first.templates),
         warnings=tuple(warnings),
     )  # fmt: skip
 
@@ -402,8 +401,12 @@ class _Thresholds:
         self._share, self._seed = share, seed
         self._count = np.unique(self._identity, return_counts=True)[1]
         self._ranked: dict[tuple[int, int], Ranked] = {}
-        self._tails: dict[tuple[int, int], tails.Tail] = {}
-        self.people = len(self._count)
+        self._drawn: dict[tuple[int, int], list[tails.Tail]] = {}
+
+    @property
+    def people(self) -> int:
+        """Who set thresholds: all, or as many as memory allows."""
+        return len(np.unique(self._ranked[1, 1].who)) if (1, 1) in self._ranked else len(self._count)
 
     def enough(self, photos: int) -> bool:
         return int((self._count >= photos).sum()) >= 10
@@ -419,18 +422,47 @@ class _Thresholds:
             self._ranked[photos, size] = all_of_them.from_size(size)
         return self._ranked[photos, size]
 
+    def largest(self) -> Ranked:
+        """Of one photo, in galleries of everybody."""
+        return self.ranked(1, self.ranked(1, 1).pool)
+
     def tail(self, photos: int, k: int) -> tails.Tail:
-        """Of galleries of k, or of the pool."""
-        best = self.ranked(photos, k)
-        size = min(k, best.pool)
-        if (photos, size) not in self._tails:
-            self._tails[photos, size] = tails.fit(best, size)
-        return self._tails[photos, size]
+        """Of galleries of k."""
+        return tails.fit(self.ranked(photos, k), k)
 
     def cut(self, fpir: float, k: int, photos: int) -> Cut | None:
         best = self.ranked(photos, k)
-        enough = best.searches(min(k, best.pool)) * tails.SHARE >= LEAST_EXCESSES
-        return set_cut(best, fpir, k, photos=photos, tail=self.tail(photos, k) if enough else None)
+        size = min(k, best.pool)
+
+        def drawn() -> list[tails.Tail]:
+            if (photos, size) not in self._drawn:
+                self._drawn[photos, size] = tails.resampled(best, size)
+            return self._drawn[photos, size]
+
+        return set_cut(best, fpir, k, photos=photos, drawn=drawn)
+
+
+def _backtests(emb: ArrayLike, identity: ArrayLike, k: int, *, seed: int) -> list[tails.Backtest]:
+    """Of calibrate people, half of whom are the pool and half strangers: at a rate that so few of the strangers are shown
+    that one, or three, are expected."""
+    x, who = np.asarray(emb, np.float64), np.asarray(identity)
+    people, first = np.unique(who, return_index=True)
+    mixed = np.random.default_rng(seed).permutation(len(people))[: int((2 * MOST_SCORES) ** 0.5)]
+    pool, strangers = np.array_split(mixed, 2)
+    k = min(k, len(pool))
+    scores = -squared_distances(x[first[strangers]], x[first[pool]])
+    best = openset.ranked(NonMated(scores=scores, who=people[strangers], pool=people[pool])).from_size(k)
+    found = []
+    for target in (0.01, 0.003):
+        for expected in (3, 1):
+            shown = round(expected / target)
+            if (
+                shown * tails.SHARE >= 10
+                and shown < len(strangers)
+                and metrics.resolvable(target, len(strangers) - shown)
+            ):
+                found.append(tails.backtest(best, k, target, shown=shown, seed=seed))
+    return found
 
 
 def _seen(best: Ranked, k: int) -> tuple[list[float], list[float]]:
@@ -444,7 +476,7 @@ def _seen(best: Ranked, k: int) -> tuple[list[float], list[float]]:
 
 
 def _open(searches: Searches, cut: Cut, k: int, photos: int) -> OpenSet:
-    resolution = metrics.resolvable(cut.fpir, searches.non_mated.searches(k))
+    resolution = metrics.resolvable(cut.fpir, searches.non_mated.strangers)
     return OpenSet(
         k=k, photos=photos, cut=cut, fpir=openset.fpir(searches.non_mated, k, -cut.distance),
         tpir=openset.tpir(searches.mated, k, -cut.distance), strangers=searches.non_mated.strangers,
@@ -520,7 +552,7 @@ def _growth(searches: Searches, cut: Cut) -> dict[str, Any]:
 
 
 def _let_in(drawn: Drawn, cuts: Sequence[Cut]) -> list[LetIn]:
-    """Each stranger once, with whom they were most often nearest to; in the order of distance."""
+    """Each stranger once, with the person nearest to them in any draw; in the order of distance."""
     if not cuts:
         return []
     scores = drawn.searches.non_mated.scores

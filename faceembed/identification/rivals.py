@@ -25,6 +25,7 @@ from faceembed.identification.openset import Mated, NonMated
 from faceembed.identification.policy import squared_distances
 from faceembed.identification.pooling import pooled
 from faceembed.identification.protocol import draw, roles
+from faceembed.metrics import resolvable
 
 __all__ = ["RIVALS", "Rival", "compare", "table"]
 
@@ -116,15 +117,21 @@ def _softmax(templates: Floats) -> Callable[[Floats], Floats]:
 
 
 def _place(templates: Floats) -> Callable[[], object]:
-    """A row of a matrix that has room for it."""
+    """The mean, into a row of a matrix that has room for it."""
     matrix = np.empty((len(templates), templates.shape[2]))
     return lambda: matrix.__setitem__(-1, pooled(templates[-1]))
 
 
+def _place_all(templates: Floats) -> Callable[[], object]:
+    """Each photo into a row."""
+    matrix = np.empty(templates.shape)
+    return lambda: matrix.__setitem__(-1, templates[-1])
+
+
 RIVALS: dict[str, Rival] = {
     "mean template": Rival(words="distance to the mean of a person's photos", fit=_mean, one_more=_place),
-    "nearest template": Rival(words="distance to the nearest of a person's photos", fit=_nearest, one_more=_place),
-    "k-NN": Rival(words=f"votes of the {NEIGHBOURS} nearest photos", fit=_neighbours, one_more=_place),
+    "nearest template": Rival(words="distance to the nearest of a person's photos", fit=_nearest, one_more=_place_all),
+    "k-NN": Rival(words=f"votes of the {NEIGHBOURS} nearest photos", fit=_neighbours, one_more=_place_all),
     "logistic": Rival(
         words="one classifier a person, against the others enrolled",
         fit=_logistic,
@@ -156,21 +163,21 @@ def compare(
 
     Returns:
       A row a rival and number of photos: "method", "words", "k", "photos", "target", "tpir", "fpir", "rank1" (each a
-      Rate; of
-      one draw of photos, and for this gallery: its interval is over those who search), "seconds" to enrol one more.
+      Rate, of one draw of photos in this gallery), "seconds" to enrol one more. Numbers of photos that too few have, and
+      rates that strangers do not resolve, have none.
     """
     rows = []
     for number in photos:
         sides = []
         for x, who, called in ((emb, identity, names), calibrate):
-            enrolled, stranger = roles(called, np.bincount(np.asarray(who), minlength=len(called)))
             try:
-                sides.append(
-                    (np.asarray(x, np.float64), draw(x, who, enrolled, stranger, photos=number, draws=1, seed=seed))
-                )
+                enrolled, stranger = roles(called, np.bincount(np.asarray(who), minlength=len(called)))
+                drawn = draw(x, who, enrolled, stranger, photos=number, draws=1, seed=seed)
             except ValueError:
                 break  # too few people have so many photos
-        if len(sides) < 2:
+            sides.append((np.asarray(x, np.float64), drawn))
+        # Strangers must resolve the rate where it is set and where it is judged.
+        if len(sides) < 2 or not all(resolvable(fpir, drawn.searches.non_mated.strangers) for _, drawn in sides):
             continue
         k = min(most, *(len(drawn.templates[0]) for _, drawn in sides))
         if k < 5:
