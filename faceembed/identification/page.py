@@ -345,7 +345,7 @@ def _tail(results: IdentificationResults) -> str:
         names = ["enrolled", "FPIR asked", "strangers shown", "FPIR of the hidden", "strangers hidden"]
         backtest = (
             "<h3>With most strangers hidden</h3><p>Half of the calibrate people are enrolled, the others are "
-            "strangers, few of whom are shown: one or three are expected at the rate asked for, as near as a policy "
+            "strangers, few of whom are shown: ten or three are expected at the rate asked for, as near as a policy "
             "goes. The many who are hidden say what the thresholds are worth: the mean over draws, and where 95 % of "
             "them lie. Where the mean lies above what was asked for, extrapolated thresholds let in "
             f"more.</p>{page.table(names, rows)}"

@@ -444,7 +444,7 @@ class _Thresholds:
 
 def _backtests(emb: ArrayLike, identity: ArrayLike, k: int, *, seed: int) -> list[tails.Backtest]:
     """Of calibrate people, half of whom are the pool and half strangers: at a rate that so few of the strangers are shown
-    that one, or three, are expected."""
+    that ten, or three, are expected."""
     x, who = np.asarray(emb, np.float64), np.asarray(identity)
     people, first = np.unique(who, return_index=True)
     mixed = np.random.default_rng(seed).permutation(len(people))[: int((2 * MOST_SCORES) ** 0.5)]
@@ -454,7 +454,7 @@ def _backtests(emb: ArrayLike, identity: ArrayLike, k: int, *, seed: int) -> lis
     best = openset.ranked(NonMated(scores=scores, who=people[strangers], pool=people[pool])).from_size(k)
     found = []
     for target in (0.01, 0.003):
-        for expected in (3, 1):
+        for expected in (10, 3):
             shown = round(expected / target)
             if (
                 shown * tails.SHARE >= 10

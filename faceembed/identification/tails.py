@@ -220,10 +220,9 @@ def cautious_threshold(drawn: Sequence[Tail], target: float) -> float:
     """The threshold for an FPIR that nine in ten resampled tails find strict enough.
 
     At the threshold of the one fitted tail more strangers come than asked for in the mean, and the rarer the rate, the
-    more:
-    a tail that was taken too light costs more than one too heavy gives. This quantile brings the mean to what was
-    asked for
-    down to one expected stranger (simulated, and on photographs of others: docs/identification.md).
+    more: a tail that was taken too light costs more than one too heavy gives. This quantile allows for most of that,
+    down to
+    a few expected strangers (`python -m experiments.extrapolated_thresholds`).
 
     Args:
       drawn: of `resampled`.
@@ -291,7 +290,7 @@ class Backtest:
     Attributes:
       k: people enrolled.
       fitted_on: strangers that tails were fitted on.
-      expected: of them at the target: 1 is as far as a policy goes.
+      expected: of them at the target: 3 is as far as a policy goes.
       target: FPIR asked of the tails.
       realised: mean FPIR of the other strangers at their thresholds.
       low, high: between which 95 % of the draws' realised FPIRs lie.
