@@ -44,8 +44,8 @@ LARGEST = 1_000_000
 """People in the largest gallery that a policy has thresholds for."""
 
 LEAST_EXPECTED = 3.0
-"""Strangers expected at the rate that a tail is asked for, at least. Of rarer ones it is a guess: with one expected, half as
-many again to twice as many as asked for come in the mean (`python -m experiments.extrapolated_thresholds`)."""
+"""Strangers expected at the rate that a tail is asked for, at least. Of rarer ones it is a guess: with one expected, half
+as many again to twice as many as asked for come in the mean (`python -m experiments.extrapolated_thresholds`)."""
 
 LEAST_EXCESSES = 20
 """Searches above the start of a tail, at least."""
