@@ -1,6 +1,7 @@
 """A gallery on Milvus Lite: the interface of `test_store.py`, and what Milvus needs beside it."""
 
 import contextlib
+import logging
 import os
 import random
 import stat
@@ -149,13 +150,94 @@ def test_more_people_than_a_request_holds(where, monkeypatch):
 
 
 def test_another_origin_is_refused(where, monkeypatch):
-    open_store(where, ORIGIN, create=True).close()
+    with contextlib.closing(open_store(where, ORIGIN, create=True)) as store:
+        store.write([person("Anna")])
     close, closed = pymilvus.MilvusClient.close, []
     monkeypatch.setattr(pymilvus.MilvusClient, "close", lambda self: closed.append(close(self)))
     with pytest.raises(ValueError, match="checkpoint: aaaaaaaaaaaa there, bbbbbbbbbbbb now"):
         open_store(where, Origin(checkpoint="b" * 64, aligner=ORIGIN.aligner, dim=DIM), create=True)
     assert len(closed) == 1  # other processes may have it again
     open_store(where, ORIGIN).close()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("dim", [8, DIM])
+def test_an_empty_gallery_takes_the_origin_of_the_first_that_enrols(where, monkeypatch, first, dim):
+    other = Origin(checkpoint="b" * 64, aligner="dlib", dim=dim)
+    one = open_store(where, ORIGIN, create=True)
+    with pytest.raises(ValueError, match="bbbbbbbbbbbb now"):
+        open_store(where, other)  # whoever only reads changes nothing
+    with contextlib.closing(open_store(where, None)) as store:
+        assert store.origin == ORIGIN
+    two = open_store(where, other, create=True)
+    with contextlib.closing(open_store(where, None)) as store:
+        assert store.origin == other
+    opened = [(one, DIM), (two, dim)]
+    (winner, its), (loser, of_loser) = opened[first], opened[1 - first]
+    with contextlib.closing(one), contextlib.closing(two):
+        winner.write([person("Anna", dim=its)])
+        for call in (
+            lambda: loser.write([person("Bert", dim=of_loser)]),
+            lambda: loser.search(np.ones((1, of_loser), np.float32), 1),
+            lambda: list(loser.entries()),
+        ):
+            with pytest.raises(ValueError, match="of another origin"):
+                call()
+        winner.write([person("Cleo", dim=its)])
+        assert winner.names() == ["Anna", "Cleo"]
+    with contextlib.closing(open_store(where, None)) as store:
+        assert store.origin == winner.origin
+
+
+def test_template_counts_are_told_to_ten(where):
+    with contextlib.closing(open_store(where, ORIGIN, create=True)) as store:
+        assert store.template_counts() == []
+        store.write([person("Anna", photos=12), person("Bert", photos=2), person("Cleo", photos=2)])
+        assert store.template_counts() == [2, 10]
+
+
+def test_a_server_is_asked_for_strong_reads_and_for_one_row_a_key(where, monkeypatch):
+    # Milvus Lite reads its own writes at any level, and takes an insert for an upsert: only the calls can be tried here.
+    client, asked, upserts = pymilvus.MilvusClient, {}, []
+    make, upsert = client.create_collection, client.upsert
+    monkeypatch.setattr(client, "create_collection", lambda *a, **k: asked.update(k) or make(*a, **k))
+    monkeypatch.setattr(client, "upsert", lambda *a, **k: upserts.append(a[1:]) or upsert(*a, **k))
+    monkeypatch.delattr(client, "insert")
+    with contextlib.closing(open_store(where, ORIGIN, create=True)) as store:
+        assert asked["consistency_level"] == "Strong"
+        store.write([person("Anna")])
+        store.rename("Anna", "Bert")
+        assert len(upserts) == 2
+        assert same(store.entries(), [Entry(name="Bert", templates=person("Anna").templates, enrolled=WHEN)])
+
+
+def test_milvus_lite_logs_no_stack_traces_over_a_success(where, tmp_path):
+    script = """
+import contextlib, logging, sys
+logging.basicConfig()
+from faceembed.identification.store import Origin, open_store
+with contextlib.closing(open_store(sys.argv[1], Origin(checkpoint="a", aligner="", dim=4), create=True)) as store:
+    print(store.names(), len(store))
+"""
+    done = subprocess.run([sys.executable, "-c", script, where], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[] 0\n", "")
+
+
+def test_other_logs_are_left_as_they_are(where, caplog):
+    with contextlib.closing(open_store(where, ORIGIN, create=True)) as store:
+        store.names()
+    for name in milvus.LOGS:
+        logging.getLogger(name).error("heard")
+    assert [record.message for record in caplog.records] == ["heard"] * len(milvus.LOGS)
+
+
+def test_a_closed_store_says_so(where):
+    store = open_store(where, ORIGIN, create=True)
+    store.close()
+    store.close()
+    for call in (store.names, store.__len__, lambda: store.write([person("Anna")]), lambda: store.remove(["Anna"])):
+        with pytest.raises(ValueError, match="was closed: open it once more"):
+            call()
 
 
 def test_a_foreign_collection_or_another_schema_is_refused(where, monkeypatch):
@@ -169,9 +251,9 @@ def test_a_foreign_collection_or_another_schema_is_refused(where, monkeypatch):
     client.drop_collection(milvus.COLLECTION)
     client.close()
     with monkeypatch.context() as patch:
-        patch.setattr(milvus, "SCHEMA", 2)
+        patch.setattr(milvus, "SCHEMA", 3)
         open_store(where, ORIGIN, create=True).close()
-    with pytest.raises(ValueError, match="has schema 2, and this version of faceembed reads 1"):
+    with pytest.raises(ValueError, match="has schema 3, and this version of faceembed reads 2"):
         open_store(where, ORIGIN)
 
 
@@ -191,6 +273,9 @@ def test_only_the_owner_may_look_into_the_folder(where, tmp_path):
     before = os.umask(0)
     try:
         open_store(where, ORIGIN, create=True).close()
+        open_store(f"milvus:{tmp_path}/a/b/people.db", ORIGIN, create=True).close()
+        for made in ("a", "a/b", "a/b/people.db"):
+            assert stat.S_IMODE((tmp_path / made).stat().st_mode) == 0o700
         assert stat.S_IMODE((tmp_path / "people.db").stat().st_mode) == 0o700
         (tmp_path / "people.db").chmod(0o755)
         open_store(where, None).close()
@@ -205,6 +290,7 @@ def test_a_gallery_that_another_process_holds_is_told_of(where):
         done = subprocess.run([sys.executable, "-c", script, where], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "TimeoutError" in done.stderr
+    assert "Failed to start" not in done.stderr  # Milvus Lite's own words, and its stack traces
     assert "Milvus Lite serves one process at a time" in done.stderr
 
 

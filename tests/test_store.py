@@ -188,13 +188,20 @@ def test_names_are_normalised_and_checked(tmp_path):
     composed, apart = "Zoë", unicodedata.normalize("NFD", "Zoë")
     assert composed != apart
     assert stores.checked_name(f"\n {apart} ") == composed
-    assert stores.checked_name("می‌خواهم")  # a zero-width non-joiner belongs there
+    assert stores.checked_name("क\u094d\u200dष")  # and a zero-width joiner there
+    assert stores.checked_name("می\u200cخواهم")  # a zero-width non-joiner belongs there
     for name, message in (
         (" \n", "is empty"),
         ("x" * 201, "201 characters"),
         ("a\tb", "U\\+0009"),
         ("a\u202eb", "U\\+202E"),
         ("a\u2028b", "U\\+2028"),
+        ("a\u2029b", "U\\+2029"),
+        ("a\u00adb", "invisible character U\\+00AD"),
+        ("Anna\u200b", "U\\+200B"),
+        ("Anna\u2060", "U\\+2060"),
+        ("\ufeffAnna", "U\\+FEFF"),
+        *((f"Anna{filler}", f"U\\+{ord(filler):04X}") for filler in "\u3164\u115f\u1160\uffa0"),
         ("a\udce9", "U\\+DCE9"),
         (7, "not int"),
     ):
@@ -226,7 +233,7 @@ def test_who_is_there_is_refused_added_to_or_replaced(tmp_path):
     anna, bert, more = person("Anna"), person("Bert"), person("Anna", seed=1, photos=2)
     later = Entry(name="Anna", templates=more.templates, enrolled="2027-01-01T00:00:00+00:00")
     with contextlib.closing(started(tmp_path, anna)) as store:
-        with pytest.raises(ValueError, match="Anna is in the gallery already: add"):
+        with pytest.raises(ValueError, match="Anna is in the gallery already: .*--if-there add.*--if-there replace"):
             store.write([bert, later])
         assert same(store.entries(), [anna])
         with pytest.raises(ValueError, match="Bert is given twice"):
@@ -282,6 +289,57 @@ def test_removing_and_renaming(tmp_path):
         assert store.search(np.ones((1, DIM), np.float32), 1)[0] == [[]]
         with pytest.raises(ValueError, match="Anna is not in the gallery: nobody is"):
             store.remove(["Anna"])
+
+
+def test_who_is_there_is_listed_where_they_are_few(tmp_path):
+    with contextlib.closing(started(tmp_path, person("Anna"))) as store:
+        with pytest.raises(ValueError, match=r"bob is not among the 1 person\. Enrolled is Anna\.$"):
+            store.get("bob")
+        store.write([person(name) for name in "cdef"])
+        with pytest.raises(ValueError, match=r"bob is not among the 5 people\. Enrolled are Anna, c, d, e, f\.$"):
+            store.remove(["bob"])
+        store.write([person("g")])
+        with pytest.raises(ValueError, match=r"bob is not among the 6 people\.$"):
+            store.remove(["bob"])
+        with pytest.raises(ValueError, match="c is in the gallery already, and.*delete c first"):
+            store.rename("d", "c")
+
+
+def test_template_counts_are_those_that_occur_and_follow_other_processes(tmp_path):
+    with contextlib.closing(started(tmp_path)) as store, contextlib.closing(open_store(tmp_path, None)) as other:
+        assert store.template_counts() == []
+        store.write([person("Anna", photos=2), person("Bert"), person("Cleo", photos=2)])
+        assert store.template_counts() == [1, 2]
+        other.write([person("Dora", photos=5)])
+        assert store.template_counts() == [1, 2, 5]
+        store.remove(["Bert"])
+        assert store.template_counts() == [2, 5]
+
+
+def test_a_closed_store_says_so(tmp_path):
+    store = started(tmp_path, person("Anna"))
+    store.search(np.ones((1, DIM), np.float32), 1)
+    store.close()
+    store.close()
+    calls = (
+        store.names, store.entries, store.template_counts, store.__len__, lambda: store.get("Anna"),
+        lambda: store.write([person("Bert")]), lambda: store.remove(["Anna"]), lambda: store.rename("Anna", "Bert"),
+        lambda: store.search(np.ones((1, DIM), np.float32), 1),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match="was closed: open it once more"):
+            call()
+
+
+def test_a_place_without_a_name_is_refused():
+    for where in ("", " ", "milvus:", "milvus: "):
+        with pytest.raises(ValueError, match="names no place: give a folder, or milvus:URI"):
+            open_store(where, ORIGIN, create=True)
+
+
+def test_what_is_printed_moves_no_cursor():
+    assert stores.shown("Zoë 山田 می\u200cخواهم") == "Zoë 山田 می\u200cخواهم"
+    assert stores.shown("a\x1b[2J\r\n\u202eb\udce9") == "a\\x1b[2J\\r\\n\\u202eb\\udce9"
 
 
 def test_a_misspelt_name_is_found_in_a_large_gallery(tmp_path):
@@ -427,9 +485,61 @@ def test_another_origin_is_refused_and_told(tmp_path):
                 open_store(tmp_path, other, create=create)
             assert str(refused.value).count(" there, ") == 1
             assert "enrol the photos again into another gallery" in str(refused.value)
+            assert ("give the same --framing" in str(refused.value)) == ("aligner" in changes)
     for origin in (ORIGIN, None):
         with contextlib.closing(open_store(tmp_path, origin)) as store:
             assert store.names() == ["Anna"]
+
+
+OTHER = Origin(checkpoint="b" * 64, aligner="dlib", dim=8)
+
+
+def test_an_empty_gallery_takes_another_origin(tmp_path):
+    started(tmp_path).close()
+    with pytest.raises(ValueError, match="bbbbbbbbbbbb now"):
+        open_store(tmp_path, OTHER)  # whoever only reads changes nothing
+    with contextlib.closing(open_store(tmp_path, OTHER, create=True)) as store:
+        assert store.origin == OTHER
+        assert store.search(np.ones((1, 8), np.float32), 1)[0] == [[]]
+    with contextlib.closing(open_store(tmp_path, None)) as store:
+        assert store.origin == OTHER
+        store.write([person("Anna", dim=8)])
+        store.remove(["Anna"])
+    with contextlib.closing(open_store(tmp_path, ORIGIN, create=True)) as store:
+        store.write([person("Bert")])
+        check_search(store, [person("Bert")])
+    with pytest.raises(ValueError, match="aaaaaaaaaaaa there, bbbbbbbbbbbb now"):
+        open_store(tmp_path, OTHER, create=True)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("dim", [8, DIM])
+def test_of_two_origins_in_an_empty_gallery_the_first_that_enrols_wins(tmp_path, first, dim):
+    other = Origin(checkpoint=OTHER.checkpoint, aligner=OTHER.aligner, dim=dim)
+    one, two = open_store(tmp_path, ORIGIN, create=True), open_store(tmp_path, other, create=True)
+    onlooker = open_store(tmp_path, None)
+    with contextlib.closing(one), contextlib.closing(two), contextlib.closing(onlooker):
+        opened = [(one, DIM), (two, dim)]
+        (winner, its), (loser, of_loser) = opened[first], opened[1 - first]
+        assert loser.search(np.ones((1, of_loser), np.float32), 1)[0] == [[]]
+        winner.write([person("Anna", dim=its)])
+        refused = (
+            lambda: loser.write([person("Bert", dim=of_loser)]),
+            lambda: loser.search(np.ones((1, of_loser), np.float32), 1),  # those are no distances
+            lambda: list(loser.entries()),
+            lambda: stores.export_npz(loser, tmp_path / "out.npz"),
+        )
+        for call in refused:
+            with pytest.raises(ValueError, match="of another origin"):
+                call()
+        winner.write([person("Cleo", dim=its)])
+        assert winner.names() == ["Anna", "Cleo"]
+        assert len(list(winner.entries())) == 2
+        if first == 0:  # it was opened after the other had been
+            with pytest.raises(ValueError, match="of another origin"):
+                onlooker.write([person("Dora", dim=dim)])
+    with contextlib.closing(open_store(tmp_path, None)) as store:
+        assert store.origin == winner.origin
 
 
 def test_where_nothing_is_the_error_says_how_to_enrol_and_leaves_nothing_behind(tmp_path):
@@ -514,18 +624,18 @@ def test_only_the_owner_may_read_whatever_the_umask(tmp_path, umask):
     (tmp_path / "mine").mkdir(mode=0o755)
     before = os.umask(umask)
     try:
-        for name in ("new", "mine"):
-            if umask == 0o777 and name == "new":
-                continue  # such a folder is closed to its owner too
+        for name in ("new", "mine", "deep/below"):
             with contextlib.closing(started(tmp_path / name, person("Anna"))) as store:
                 files = [stores.FILE, f"{stores.FILE}-shm", f"{stores.FILE}-wal"]
                 assert modes(tmp_path / name) == dict.fromkeys(files, 0o600)
                 stores.export_npz(store, tmp_path / name / "out.npz")
                 assert modes(tmp_path / name)["out.npz"] == 0o600
+                stores.export_npz(store, tmp_path / name / "a" / "b" / "out.npz")
+                assert modes(tmp_path / name)["a"] == modes(tmp_path / name / "a")["b"] == 0o700
     finally:
         os.umask(before)
-    assert modes(tmp_path)["mine"] == 0o755
-    assert modes(tmp_path).get("new", 0o700) == 0o700
+    assert modes(tmp_path) == {"mine": 0o755, "new": 0o700, "deep": 0o700}
+    assert modes(tmp_path / "deep") == {"below": 0o700}
 
 
 def test_a_gallery_that_was_copied_is_closed_to_others(tmp_path):
@@ -564,7 +674,7 @@ def test_the_file_is_set_up_to_lose_nothing_and_to_keep_nothing(tmp_path):
 
 @pytest.mark.usefixtures("careless_sqlite")
 def test_deleting_alone_zeroes_what_it_frees(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores.SqliteStore, "_purge", lambda self: None)
+    monkeypatch.setattr(stores.SqliteStore, "_purge", lambda self, **_: None)
     people = [person(f"person number {i}") for i in range(20)]
     with contextlib.closing(started(tmp_path, *people)) as store:
         store.remove([p.name for p in people[:5]])
@@ -630,6 +740,28 @@ def test_another_process_that_writes_for_long_is_told_of(tmp_path, monkeypatch):
                 store.write([person("Bert")])
             assert store.names() == ["Anna"]
         store.write([person("Bert")])
+
+
+def test_who_reads_waits_for_no_writer(tmp_path):
+    people = [person(f"person number {i}") for i in range(20)]
+    with contextlib.closing(started(tmp_path, *people)) as store:
+        check_search(store, people)  # JAX is loaded, and the search compiled
+        store._purge = lambda **_: None
+        store.remove(["person number 0"])  # and killed: its bytes are there
+    with contextlib.closing(sqlite3.connect(tmp_path / stores.FILE, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        start = time.perf_counter()
+        for origin, create in ((None, False), (ORIGIN, False), (ORIGIN, True)):
+            with contextlib.closing(open_store(tmp_path, origin, create=create)) as store:
+                assert len(store.names()) == len(list(store.entries())) == 19
+                check_search(store, people[1:])
+        assert time.perf_counter() - start < 2
+        writer.execute("ROLLBACK")
+        facts = "SELECT value FROM meta WHERE key IN ('removals', 'purged') ORDER BY key"
+        assert writer.execute(facts).fetchall() == [(0,), (1,)]  # it was tried, and is still to be done
+    with contextlib.closing(open_store(tmp_path, None)) as store:
+        assert store._db.execute(facts).fetchall() == [(1,), (1,)]
+        assert store._db.execute("PRAGMA busy_timeout").fetchone()[0] == 30_000
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -855,6 +987,93 @@ def test_a_failed_export_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch
     assert sorted(os.listdir(tmp_path)) == ["a", "out.npz"]
 
 
+@pytest.fixture(params=["nameless", "named"])
+def files(request, monkeypatch):
+    """Both kinds of file systems: with files that have no name, and without."""
+    if request.param == "named":
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_EXCL | os.O_CREAT)  # fails on a folder
+    return request.param
+
+
+EXPORTER = """
+import os, sys
+import numpy as np
+from faceembed.identification import store as stores
+if sys.argv[3] == "named":
+    os.O_TMPFILE = os.O_EXCL | os.O_CREAT
+save = np.savez
+def killed(file, **arrays):
+    save(file, **arrays)
+    file.flush()
+    os.kill(os.getpid(), 9)
+np.savez = killed
+stores.export_npz(stores.open_store(sys.argv[1], None), sys.argv[2])
+"""
+
+
+def test_a_killed_export_leaves_no_templates_for_long(tmp_path, files):
+    out = tmp_path / "out [1].npz"
+    with contextlib.closing(started(tmp_path / "a", person("Anna"))) as store:
+        process = python(EXPORTER, tmp_path / "a", out, files)
+        process.communicate(timeout=60)
+        assert process.returncode == -9
+        left = [name for name in os.listdir(tmp_path) if name != "a"]
+        assert len(left) == (files == "named")
+        assert remains(tmp_path / "a", [person("Anna")])  # where they belong
+        others = tmp_path / ".other.npz.12345678.tmp"
+        others.touch()
+        stores.export_npz(store, out)
+    assert sorted(os.listdir(tmp_path)) == [others.name, "a", out.name]
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    assert same(stores.import_npz(out)[1], [person("Anna")])
+
+
+def test_an_export_leaves_one_that_is_running_alone(tmp_path, files, monkeypatch):
+    save = np.savez
+    with contextlib.closing(started(tmp_path / "a", person("Anna"))) as store:
+
+        def meanwhile(file, **arrays):
+            monkeypatch.setattr(np, "savez", save)
+            stores.export_npz(store, tmp_path / "out.npz")
+            save(file, **arrays)
+
+        monkeypatch.setattr(np, "savez", meanwhile)
+        stores.export_npz(store, tmp_path / "out.npz")
+    assert sorted(os.listdir(tmp_path)) == ["a", "out.npz"]
+    assert same(stores.import_npz(tmp_path / "out.npz")[1], [person("Anna")])
+
+
+FULL_EXPORT = """
+import resource, signal, sys
+from faceembed.identification.store import export_npz, open_store
+store = open_store(sys.argv[1], None)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    export_npz(store, sys.argv[2])
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_an_export_that_cannot_be_written_names_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    with contextlib.closing(started(tmp_path / "a", person("Anna", photos=20))) as store:
+        out = finished(python(FULL_EXPORT, tmp_path / "a", tmp_path / "out.npz"))
+        assert out.startswith(f"OSError {tmp_path}/out.npz cannot be written (File too large): give a file")
+        (tmp_path / "folder.npz").mkdir()
+        with pytest.raises(IsADirectoryError, match=r"/folder\.npz cannot be written \(Is a directory\)"):
+            stores.export_npz(store, tmp_path / "folder.npz")
+        (tmp_path / "file").touch()
+        with pytest.raises(NotADirectoryError, match=r"/file/out\.npz cannot be written \(Not a directory\)"):
+            stores.export_npz(store, tmp_path / "file" / "out.npz")
+        # As for anybody but root in a folder that may be read only.
+        monkeypatch.setattr(os, "open", lambda path, *_: (_ for _ in ()).throw(PermissionError(13, "No", path)))
+        with pytest.raises(PermissionError, match=r"/out\.npz cannot be written \(No\)") as refused:
+            stores.export_npz(store, tmp_path / "out.npz")
+        assert ".tmp" not in str(refused.value)
+    assert sorted(os.listdir(tmp_path)) == ["a", "file", "folder.npz"]
+
+
 def test_a_damaged_or_foreign_export_is_refused(tmp_path):
     people = [person(f"person {i}", photos=2) for i in range(5)]
     with contextlib.closing(started(tmp_path / "a", *people)) as store:
@@ -881,13 +1100,13 @@ def test_a_damaged_or_foreign_export_is_refused(tmp_path):
             entries = stores.import_npz(bad)[1]
         assert same(entries, people)
     bad.write_text("notes")
-    refused()
+    refused("no export of a gallery \\(it is no .npz file\\)")
     np.save(tmp_path / "one.npy", np.ones(3))
     (tmp_path / "one.npy").rename(bad)
     refused()
     for changes, message in (
         ({"format": np.array("gallery 9")}, "'gallery 9', not 'faceembed gallery 1'"),
-        ({"names": np.array([["a", {}]] * 5, object)}, "allow_pickle"),
+        ({"names": np.array([["a", {}]] * 5, object)}, "holds pickled objects"),
         ({"owner": arrays["owner"][::-1]}, "not there"),
         ({"owner": arrays["owner"] + 1}, "not there"),
         ({"owner": arrays["owner"] * 0}, "not there|no template"),
@@ -900,8 +1119,10 @@ def test_a_damaged_or_foreign_export_is_refused(tmp_path):
     ):
         np.savez(bad, **{name: array for name, array in {**arrays, **changes}.items() if array is not None})
         refused(message)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.npz: give one that .*gallery export"):
         stores.import_npz(tmp_path / "none.npz")
+    with pytest.raises(IsADirectoryError, match=r"/a cannot be read \(Is a directory\)"):
+        stores.import_npz(tmp_path / "a")
 
 
 # ----------------------------------------------------------------------------------------------------------------- size

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from faceembed.cli.embed import load
-from faceembed.cli.enroll import FRAMINGS
+from faceembed.cli.enroll import FRAMINGS, check_places, notes_for_warnings
 
 EXIT = {"yes": 0, "no": 3, "cannot tell": 4}
 """Exit status by answer, for scripts."""
@@ -15,7 +15,10 @@ EXIT = {"yes": 0, "no": 3, "cannot tell": 4}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Is this the person they say?  Ends with exit status 0 for yes, 3 for no, 4 for cannot tell."""
+    """Is this the person they say?
+
+    Ends with exit status 0 for yes, 3 for no, 4 for cannot tell (no face, or one too small or blurred), and 1 where the
+    question could not be put: the photo is missing or no image, or nobody of that name is enrolled."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """The one that the gallery was made with."""
@@ -38,12 +41,17 @@ class Options:
 def run(arguments: list[str]) -> int:
     """See the module."""
     options = tyro.cli(Options, args=arguments, prog="launch.py claim")
+    check_places(options.gallery, options.json)
     from faceembed import report
     from faceembed.identification.gallery import Gallery
+    from faceembed.identification.store import shown
 
+    if options.image.is_dir():
+        raise ValueError(f"{shown(options.image)} is a folder: a claim is decided by one photo. Give that.")
     if not options.image.is_file():
-        raise FileNotFoundError(f"there is no photo {options.image}.")
-    with Gallery(options.gallery, load(options.checkpoint), framing=options.framing, create=False) as gallery:
+        raise FileNotFoundError(f"there is no photo {shown(options.image)}.")
+    embedder = load(options.checkpoint)
+    with notes_for_warnings(), Gallery(options.gallery, embedder, framing=options.framing, create=False) as gallery:
         claim = gallery.verify(options.name, options.image, fmr=options.fmr, distance=options.threshold)
     cut = claim.cut
     stands_for = "your threshold" if cut.status == "given" else f"for a false match rate of {100 * cut.fpir:g} %"

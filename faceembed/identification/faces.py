@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator, Sequence
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import UnidentifiedImageError
 
 from faceembed.data import crops, sources
 from faceembed.data.align import Face
 from faceembed.identification.quality import LIMITS, Limits, Quality, measure
+from faceembed.identification.store import shown
 from faceembed.preprocess import Preprocess, crop_square, framed_square
 
 if TYPE_CHECKING:
     from faceembed.embed import Embedder
 
-__all__ = ["Framing", "Photo", "Shot", "Which", "aligner_of", "embed_faces", "look", "photos_in"]
+__all__ = [
+    "Framing",
+    "Listing",
+    "Photo",
+    "Shot",
+    "Which",
+    "aligner_of",
+    "as_photos",
+    "embed_faces",
+    "look",
+    "photos_in",
+]
 
 Photo = str | Path | NDArray[np.uint8]
 """A path, or uint8 RGB [h, w, 3]."""
@@ -48,6 +64,7 @@ class Shot:
       quality: of the crop.
       trouble: why nothing should be decided by it, or None.
       vector: [d] float32 embedding, once it was made.
+      digest: of the crop, once it was embedded: equal for copies of one photo.
     """
 
     photo: str
@@ -56,6 +73,14 @@ class Shot:
     quality: Quality | None = None
     trouble: str | None = None
     vector: NDArray[np.float32] | None = None
+    digest: bytes | None = None
+
+
+def as_photos(photos: Photo | Sequence[Photo]) -> list[Photo]:
+    """A list; one photo, given bare, is a list of one."""
+    if isinstance(photos, str | Path) or (isinstance(photos, np.ndarray) and photos.ndim < 4):
+        return [photos]
+    return list(photos)
 
 
 def aligner_of(preprocess: Preprocess, framing: Framing = "detect") -> str:
@@ -87,11 +112,23 @@ def look(
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no image.
+      OSError: it cannot be read.
+      ValueError: it is no image, or a folder.
       ImportError: faces are to be found and the detector is not installed.
     """
-    name = "" if isinstance(photo, np.ndarray) else Path(photo).name
-    pixels = photo if isinstance(photo, np.ndarray) else _read(photo)
+    try:
+        pixels = _pixels(photo)
+    except (OSError, ValueError) as error:
+        where = "the photo" if isinstance(photo, np.ndarray) else shown(photo)
+        raise type(error)(f"{where}: {error}") from error
+    return _faces(photo, pixels, preprocess, framing, which, limits)
+
+
+def _faces(
+    photo: Photo, pixels: NDArray[np.uint8], preprocess: Preprocess, framing: Framing, which: Which, limits: Limits
+) -> list[Shot]:
+    """`look` at pixels."""
+    name = _name(photo)
     if framing != "detect":
         square = None if framing == "tight" else framed_square(framing, pixels.shape[1])
         crop = crop_square(pixels, square, preprocess.size)
@@ -115,11 +152,33 @@ def _nobody(name: str) -> Shot:
     return Shot(photo=name, trouble="no face was found")
 
 
-def _read(photo: str | Path) -> NDArray[np.uint8]:
+def _name(photo: Photo) -> str:
+    return "" if isinstance(photo, np.ndarray) else Path(photo).name
+
+
+def _pixels(photo: Photo) -> NDArray[np.uint8]:
+    """uint8 RGB [h, w, 3]; errors do not name the photo, since whoever shows them does."""
+    if isinstance(photo, np.ndarray):
+        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
+            raise ValueError(f"it is {photo.dtype} {list(photo.shape)}, not uint8 RGB [h, w, 3].")
+        return photo
     try:
-        return sources.decode(Path(photo).read_bytes())
+        data = Path(photo).read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError("there is no such file") from error
+    except IsADirectoryError as error:
+        raise ValueError("it is a folder: give a photo") from error
+    except OSError as error:
+        kind = PermissionError if isinstance(error, PermissionError) else OSError
+        raise kind(f"it cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # no path can hold such characters
+        raise ValueError(f"it cannot be a file's name: {shown(error)}") from error
+    try:
+        return sources.decode(data)
     except ValueError as error:
-        raise ValueError(f"{photo} is no whole image: {error}") from error
+        if isinstance(error.__cause__, UnidentifiedImageError):  # its words are a Python object's address
+            raise ValueError("it is no image that Pillow reads") from error
+        raise ValueError(f"it is no whole image: {error}") from error
 
 
 def _shot(pixels: NDArray[np.uint8], face: Face, name: str, aligner: crops.Aligner, limits: Limits) -> Shot:
@@ -142,12 +201,12 @@ def embed_faces(
     """
 
     def one(photo: Photo) -> list[Shot]:
-        try:
+        if strict:
             return look(photo, embedder.preprocess, framing=framing, which=which, limits=limits)
+        try:
+            return _faces(photo, _pixels(photo), embedder.preprocess, framing, which, limits)
         except (OSError, ValueError) as error:
-            if strict:
-                raise
-            return [Shot(photo="" if isinstance(photo, np.ndarray) else Path(photo).name, trouble=str(error))]
+            return [Shot(photo=_name(photo), trouble=str(error))]
 
     if framing == "detect" and len(photos):
         crops.require("centerface")  # told once, and not for each photo
@@ -163,19 +222,55 @@ def embed_faces(
             found += [
                 [
                     dataclasses.replace(
-                        shot, crop=None, vector=None if shot.trouble else np.array(next(vectors), np.float32)
+                        shot, crop=None, vector=np.array(next(vectors), np.float32),
+                        digest=hashlib.sha256(shot.crop.tobytes()).digest(),
                     )
+                    if not shot.trouble and shot.crop is not None
+                    else dataclasses.replace(shot, crop=None)
                     for shot in shots
                 ]
                 for shots in part
-            ]
+            ]  # fmt: skip
             bar.update(len(part))
     return found
 
 
-def photos_in(folder: Path) -> Iterator[Path]:
-    """Photos of a folder and of those in it, sorted; hidden files and other kinds are left out."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in sources.IMAGE_SUFFIXES and path.is_file() and not hidden:
-            yield path
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What a folder holds, and what of it is left out.
+
+    Attributes:
+      photos: sorted paths.
+      others: suffix → files that are no photos by their names; hidden ones do not count.
+      unreadable: (path, why) of folders and files that cannot be looked into.
+    """
+
+    photos: tuple[Path, ...]
+    others: Counter[str] = dataclasses.field(default_factory=Counter)
+    unreadable: tuple[tuple[Path, str], ...] = ()
+
+
+def photos_in(folder: Path) -> Listing:
+    """Photos of a folder and of those in it; hidden files are left out, and what else is left out is told."""
+    found: list[Path] = []
+    others: Counter[str] = Counter()
+    unreadable: list[tuple[Path, str]] = []
+
+    def failed(error: OSError) -> None:
+        unreadable.append((Path(error.filename), error.strerror or str(error)))
+
+    for base, folders, files in os.walk(folder, onerror=failed):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [Path(base, name) for name in folders if Path(base, name).is_symlink()]
+        unreadable += [(path, "it is a link to a folder, and those are not followed") for path in links]
+        for name in files:
+            path = Path(base, name)
+            if name.startswith("."):
+                continue
+            if path.suffix.lower() not in sources.IMAGE_SUFFIXES:
+                others[path.suffix.lower()] += 1
+            elif path.is_file():
+                found.append(path)
+            else:
+                unreadable.append((path, "it is no file, or a link to nothing"))
+    return Listing(photos=tuple(sorted(found)), others=others, unreadable=tuple(sorted(unreadable)))

@@ -33,19 +33,26 @@ from faceembed.identification.store import (
     check_origin,
     check_probes,
     checked_name,
+    closed,
+    make_folders,
+    name_taken,
     not_there,
     nothing_there,
+    shown,
 )
 
 __all__ = ["MilvusStore"]
 
 COLLECTION = "faceembed_gallery"
 PROPERTY = "faceembed.origin"
-SCHEMA = 1
+SCHEMA = 2  # 1 had a field `revision` too
 ROWS = 1000  # a request; servers refuse those of more than some 64 MB
 MOST = 16384  # candidates and probes that a server gives and takes in one search
 TEMPLATES_BYTES = 65535  # what a text field holds
 TIMEOUT = 10.0  # seconds to reach a server
+# Milvus Lite lacks some of a server's calls: it logs a stack trace for each, and its client goes on without. A gallery
+# that another process holds gets one too. Whatever does fail is raised, and told in our words.
+LOGS = ("grpc._server", "milvus_lite.server_manager", "pymilvus.client.iterator.query_iterator")
 
 
 class MilvusStore:
@@ -66,7 +73,12 @@ class MilvusStore:
     - A person's templates take 64 KB at most: some 80 of 128 numbers, 20 of 512.
     - `entries` reads page by page: people who are written meanwhile may be among them or not.
     - At most 16,384 candidates a probe.
+    - An empty gallery that is given another origin is made anew. That looks first and acts then: where two processes
+      start one gallery with two checkpoints, whoever is enrolled by the one in the very moment in which the other makes
+      it anew is lost, or mixed in.
     """
+
+    erases = False
 
     def __init__(self, uri: str, origin: Origin | None, *, create: bool = False) -> None:
         """Opens a gallery; use `store.open_store`, which says what is raised."""
@@ -79,17 +91,20 @@ class MilvusStore:
             ) from error
         self._where = f"milvus:{uri}"
         self._lock = threading.RLock()
+        self._closed = False
+        self._may_start = create and origin is not None
         self._milvus = pymilvus
         if "://" not in uri:
-            _prepare_folder(self._where, Path(uri), create and origin is not None)
+            _prepare_folder(self._where, Path(uri), self._may_start)
         try:
-            self._client = pymilvus.MilvusClient(uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=TIMEOUT)
+            with _quiet():
+                self._client = pymilvus.MilvusClient(uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=TIMEOUT)
         except pymilvus.MilvusException as error:
             if "://" in uri:
-                raise ConnectionError(f"no Milvus answers at {uri} ({error.message}): is it running?") from error
+                raise ConnectionError(f"no Milvus answers at {shown(uri)} ({error.message}): is it running?") from error
             raise TimeoutError(
-                f"{uri} cannot be opened ({error.message}). Milvus Lite serves one process at a time: close the other, "
-                "or run a Milvus server for several."
+                f"{shown(uri)} cannot be opened ({error.message}). Milvus Lite serves one process at a time: close the "
+                "other, or run a Milvus server for several."
             ) from error
         try:
             with self._explained():
@@ -98,6 +113,9 @@ class MilvusStore:
                         raise nothing_there(self._where)
                     self._create(origin)
                 self.origin = self._read_origin()
+                if self._may_start and origin is not None and self.origin != origin:
+                    self._take_over_if_empty(origin)
+                    self.origin = self._read_origin()
                 check_origin(self._where, self.origin, origin)
                 self._client.load_collection(COLLECTION)
         except BaseException:
@@ -114,7 +132,6 @@ class MilvusStore:
         schema.add_field("templates", types.VARCHAR, max_length=TEMPLATES_BYTES)
         schema.add_field("photos", types.INT64)  # templates of this person
         schema.add_field("enrolled", types.VARCHAR, max_length=40)
-        schema.add_field("revision", types.INT64)  # how often this person was written
         index = self._client.prepare_index_params()
         index.add_index("pooled", index_type="FLAT", metric_type="L2")
         self._client.create_collection(
@@ -125,6 +142,18 @@ class MilvusStore:
             properties={PROPERTY: json.dumps({"schema": SCHEMA, **dataclasses.asdict(origin)})},
         )
 
+    def _take_over_if_empty(self, origin: Origin) -> None:
+        """A gallery without people holds nothing of its origin, and may have another."""
+        self._client.load_collection(COLLECTION)
+        if not len(self):
+            self._client.drop_collection(COLLECTION)
+            self._create(origin)
+            self._client.load_collection(COLLECTION)
+
+    def _check_origin(self) -> None:
+        """Another process may have taken over the gallery while it was empty, and enrolled people."""
+        check_origin(self._where, self._read_origin(), self.origin)
+
     def _read_origin(self) -> Origin:
         stored = self._client.describe_collection(COLLECTION).get("properties", {}).get(PROPERTY)
         try:
@@ -134,8 +163,8 @@ class MilvusStore:
                 return Origin(**facts)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{self._where} has a collection {COLLECTION} that is no gallery of faceembed: nothing was changed in "
-                "it. Give another database."
+                f"{shown(self._where)} has a collection {COLLECTION} that is no gallery of faceembed: nothing was changed "
+                "in it. Give another database."
             ) from error
         raise ValueError(
             f"{self._where} has schema {schema}, and this version of faceembed reads {SCHEMA}: use the version that "
@@ -146,7 +175,9 @@ class MilvusStore:
     def _explained(self) -> Iterator[None]:
         """Holds the lock, and gives Milvus' errors a type that callers know."""
         try:
-            with self._lock:
+            with self._lock, _quiet():
+                if self._closed:
+                    raise closed(self._where)
                 yield
         except self._milvus.MilvusException as error:
             raise OSError(
@@ -188,11 +219,13 @@ class MilvusStore:
 
     def _all(self, fields: list[str]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
-        with self._explained(), _quiet("pymilvus.client.iterator.query_iterator"):
+        with self._explained():
             pages = self._client.query_iterator(COLLECTION, batch_size=ROWS, output_fields=fields)
             while page := pages.next():
                 rows += page
             pages.close()
+            if rows:
+                self._check_origin()
         return rows
 
     def _some(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -203,7 +236,7 @@ class MilvusStore:
                 rows = self._client.get(
                     COLLECTION,
                     ids=[_key(name) for name in some],
-                    output_fields=["name", "templates", "enrolled", "revision"],
+                    output_fields=["name", "templates", "enrolled"],
                 )
             found |= {row["name"]: row for row in rows}
         return found
@@ -228,18 +261,18 @@ class MilvusStore:
         """See `Store.write`; a batch is not all or none here."""
         check_entries(entries, if_there, self.origin.dim)
         with self._explained():
+            if self._may_start and self._read_origin() != self.origin:
+                self._take_over_if_empty(self.origin)  # as another process has, which enrolled nobody so far
+            self._check_origin()
             known = self._some([entry.name for entry in entries])
             if known and if_there == "error":
                 raise already_there(sorted(known))
             rows = []
             for entry in entries:
-                revision = 1
-                if entry.name in known:
-                    revision += known[entry.name]["revision"]
-                    if if_there == "add":
-                        old = self._entry(known[entry.name])
-                        entry = dataclasses.replace(old, templates=old.templates + entry.templates)
-                rows.append(_row(entry, revision))
+                if entry.name in known and if_there == "add":
+                    old = self._entry(known[entry.name])
+                    entry = dataclasses.replace(old, templates=old.templates + entry.templates)
+                rows.append(_row(entry))
             # Not insert: where two enrol one person at once, it would leave two rows of one key.
             for some in _pages(rows):
                 self._client.upsert(COLLECTION, list(some))
@@ -264,9 +297,9 @@ class MilvusStore:
             if old == new:
                 return
             if new in known:
-                raise already_there([new])
+                raise name_taken(new)
             entry = dataclasses.replace(self._entry(known[old]), name=new)
-            self._client.upsert(COLLECTION, [_row(entry, known[old]["revision"] + 1)])
+            self._client.upsert(COLLECTION, [_row(entry)])
             self._client.delete(COLLECTION, ids=[_key(old)])
 
     # Searching --------------------------------------------------------------------------------------------------------
@@ -278,6 +311,8 @@ class MilvusStore:
             raise ValueError(f"k is {k:,}: a Milvus server gives at most {MOST:,} candidates a probe.")
         if not len(probes) or not k:
             return [[] for _ in probes], np.zeros((len(probes), k), np.float32)
+        with self._explained():
+            self._check_origin()
         found: list[Any] = []
         for some in _pages(probes):
             with self._explained():
@@ -297,10 +332,11 @@ class MilvusStore:
     def close(self) -> None:
         """See `Store.close`."""
         with self._lock:
+            self._closed = True
             self._client.close()
 
 
-def _row(entry: Entry, revision: int) -> dict[str, Any]:
+def _row(entry: Entry) -> dict[str, Any]:
     templates = json.dumps(
         [
             [template.photo, template.quality, base64.b64encode(template.vector.astype("<f4").tobytes()).decode()]
@@ -319,7 +355,6 @@ def _row(entry: Entry, revision: int) -> dict[str, Any]:
         "templates": templates,
         "photos": len(entry.templates),
         "enrolled": entry.enrolled,
-        "revision": revision,
     }
 
 
@@ -340,19 +375,24 @@ def _prepare_folder(where: str, path: Path, create: bool) -> None:
     if not path.exists():
         if not create:
             raise nothing_there(where)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(0o700)
+        make_folders(path)
     with contextlib.suppress(PermissionError):
         path.chmod(0o700)  # whatever the umask, and for a folder that was copied here
 
 
 @contextlib.contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Milvus Lite has no snapshots, and its client says so at every query that pages."""
-    log = logging.getLogger(logger)
-    level = log.level
-    log.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    # A filter, and not a level that is put back: several threads may be in here at once, in any order.
+    nothing = _Nothing()
+    for name in LOGS:
+        logging.getLogger(name).addFilter(nothing)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for name in LOGS:
+            logging.getLogger(name).removeFilter(nothing)
+
+
+class _Nothing(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return False

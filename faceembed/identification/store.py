@@ -17,7 +17,9 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
+import glob
 import json
 import os
 import secrets
@@ -27,6 +29,7 @@ import threading
 import unicodedata
 import urllib.parse
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -47,6 +50,7 @@ __all__ = [
     "import_npz",
     "open_store",
     "pool",
+    "shown",
 ]
 
 T = TypeVar("T")
@@ -61,8 +65,10 @@ APPLICATION = 0x46634764  # "FcGd", in the file's header: tells a gallery from o
 EXPORT = "faceembed gallery 1"
 BUSY_SECONDS = 30.0  # how long to wait for another process's write
 PURGE_SECONDS = 2.0  # how long to wait for readers that still need the old bytes
-# Bidi controls make one name look like another. ZWJ and ZWNJ are not among them: Persian and Hindi names need them.
-BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+OPENING_SECONDS = 0.1  # the same, and for writers, while a gallery is opened: whoever only reads must not wait
+INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories: controls, formats, halves of characters, line ends
+JOINERS = {"\u200c", "\u200d"}  # of category Cf; Persian and Hindi names need them
+FILLERS = {"\u115f", "\u1160", "\u3164", "\uffa0"}  # Hangul letters that are drawn as nothing
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -196,10 +202,12 @@ def pool(templates: Sequence[Template]) -> np.ndarray:
 def checked_name(name: str) -> str:
     """A person's name as it is stored and compared: NFC, without spaces around it.
 
-    Two spellings that look alike because one composes its accents and the other does not are one name.
+    Two spellings that look alike because one composes its accents and the other does not are one name. What is not seen
+    is refused, so that nobody is enrolled beside a twin whose name looks the same; but zero-width joiners and
+    non-joiners are letters of some scripts, and stay.
 
     Raises:
-      ValueError: nothing is left, it is longer than 200 characters, or it holds control characters.
+      ValueError: nothing is left, it is longer than 200 characters, or it holds control or invisible characters.
 
     >>> checked_name(" Zoe\\u0308 ") == "Zo\\u00eb"
     True
@@ -212,9 +220,23 @@ def checked_name(name: str) -> str:
     if len(checked) > 200:
         raise ValueError(f"the name {checked[:20]!r}... has {len(checked)} characters: give one of at most 200.")
     for char in checked:
-        if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(char) in BIDI:
-            raise ValueError(f"the name {checked!r} holds the control character U+{ord(char):04X}: leave it out.")
+        if _hidden(char) or char in FILLERS:
+            kind = "control" if unicodedata.category(char) == "Cc" else "invisible"
+            raise ValueError(f"the name {checked!r} holds the {kind} character U+{ord(char):04X}: leave it out.")
     return checked
+
+
+def _hidden(char: str) -> bool:
+    return unicodedata.category(char) in INVISIBLE and char not in JOINERS
+
+
+def shown(text: object) -> str:
+    """A name or a path as it may be printed: what would move the cursor, or hide, is written as its escape.
+
+    >>> print(shown("a\u001b[2Jb"))
+    a\\x1b[2Jb
+    """
+    return "".join(repr(char)[1:-1] if _hidden(char) else char for char in str(text))
 
 
 def _storable(text: object) -> bool:
@@ -236,6 +258,10 @@ class Store(Protocol):
     """A gallery: people by name, and the search over their pooled templates. Safe to share between threads."""
 
     origin: Origin
+
+    erases: bool
+    """Whether the bytes of what was removed are gone when `remove`, `rename` or `write` returns (a UserWarning tells of
+    an exception); else they are gone when the server says so."""
 
     def __len__(self) -> int:
         """How many people are enrolled."""
@@ -265,7 +291,8 @@ class Store(Protocol):
 
         Raises:
           ValueError: somebody is there and `if_there` is "error"; a person is given twice; templates have another
-            dimension than the gallery's; or old and new templates of a person cancel out. Nothing is written then.
+            dimension than the gallery's; old and new templates of a person cancel out; or another process has enrolled
+            people of another origin since this store was opened. Nothing is written then.
         """
 
     def remove(self, names: Sequence[str]) -> None:
@@ -308,7 +335,9 @@ def open_store(where: str | os.PathLike[str], origin: Origin | None, *, create: 
       where: a folder, or "milvus:URI" with the URI of a server ("milvus:http://localhost:19530") or a path for Milvus
         Lite ("milvus:people.db").
       origin: what makes the templates now; None opens a gallery whatever made it, to list, rename, remove or export.
-      create: whether a gallery is started where there is none. Its folder is made, for its owner alone.
+      create: whether a gallery is started where there is none. Its folder is made, for its owner alone. A gallery with
+        nobody in it, such as a failed first enrolment leaves, is given the new origin: of two processes that start one,
+        the first that enrols somebody decides, and the other's writes are refused.
 
     Raises:
       FileNotFoundError: there is no gallery, and `create` is False.
@@ -316,6 +345,11 @@ def open_store(where: str | os.PathLike[str], origin: Origin | None, *, create: 
       PermissionError, TimeoutError, OSError: it cannot be opened, another process holds it, or the disk is full.
       ImportError: it is on Milvus, and pymilvus is not installed.
     """
+    if isinstance(where, str) and not where.removeprefix("milvus:").strip():
+        raise ValueError(
+            f"the gallery is given as {where!r}, which names no place: give a folder, or milvus:URI such as "
+            "milvus:http://localhost:19530."
+        )
     if isinstance(where, str) and where.startswith("milvus:"):
         from faceembed.identification.milvus import MilvusStore
 
@@ -335,11 +369,14 @@ def check_origin(where: object, there: Origin, now: Origin | None) -> None:
     if there.checkpoint != now.checkpoint:
         lines.append(f"checkpoint: {there.checkpoint[:12]} there, {now.checkpoint[:12]} now")
     if there.aligner != now.aligner:
-        lines.append(f"aligner: {there.aligner!r} there, {now.aligner!r} now")
+        lines.append(
+            f"aligner: {there.aligner!r} there, {now.aligner!r} now (photos were framed in the first way at enrolment: "
+            "give the same --framing)"
+        )
     if there.dim != now.dim:
         lines.append(f"dimensions: {there.dim} there, {now.dim} now")
     raise ValueError(
-        f"{where} holds templates of another origin, which cannot be compared with these:\n  "
+        f"{shown(where)} holds templates of another origin, which cannot be compared with these:\n  "
         + "\n  ".join(lines)
         + "\nA gallery holds embeddings of one checkpoint only: take the one it was made with, or enrol the photos again "
         "into another gallery."
@@ -349,9 +386,14 @@ def check_origin(where: object, there: Origin, now: Origin | None) -> None:
 def nothing_there(where: object) -> FileNotFoundError:
     """Of `open_store` where there is no gallery."""
     return FileNotFoundError(
-        f"there is no gallery at {where}. Enrol people to start one: "
-        f"python launch.py enroll CHECKPOINT --gallery {where} PHOTOS."
+        f"there is no gallery at {shown(where)}. Enrol people to start one: "
+        f"python launch.py enroll CHECKPOINT --gallery {shown(where)} PHOTOS."
     )
+
+
+def closed(where: object) -> ValueError:
+    """Of every call of a store after `Store.close`."""
+    return ValueError(f"the gallery at {shown(where)} was closed: open it once more with open_store.")
 
 
 def check_entries(entries: Sequence[Entry], if_there: str, dim: int) -> None:
@@ -412,16 +454,24 @@ def not_there(names: Sequence[str], there: Sequence[str]) -> ValueError:
     folded = {name.casefold(): name for name in there[max(0, middle - 10_000) : middle + 10_000]}
     near = [folded[match] for match in difflib.get_close_matches(names[0].casefold(), folded, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return ValueError(
-        f"{_listed(names)} {'is' if len(names) == 1 else 'are'} not among the {len(there):,} people.{hint}"
-    )
+    if len(there) <= 5:
+        hint += f" Enrolled {'is' if len(there) == 1 else 'are'} {', '.join(there)}."
+    people = "1 person" if len(there) == 1 else f"{len(there):,} people"
+    return ValueError(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} not among the {people}.{hint}")
 
 
 def already_there(names: Sequence[str]) -> ValueError:
-    """Of names that somebody has."""
+    """Of `Store.write`, for names that somebody has."""
     return ValueError(
         f"{_listed(names)} {'is' if len(names) == 1 else 'are'} in the gallery already: add the photos to the person "
-        "who is there, replace that person, or choose another name."
+        "who is there (--if-there add), replace that person (--if-there replace), or choose another name."
+    )
+
+
+def name_taken(name: str) -> ValueError:
+    """Of `Store.rename`, for a new name that somebody has."""
+    return ValueError(
+        f"{name} is in the gallery already, and a name has one person: choose another name, or delete {name} first."
     )
 
 
@@ -471,18 +521,25 @@ class SqliteStore:
     so for each 100,000 people, however many are removed at once, and as much memory as the file is large. A process
     that is killed in between leaves a mark, and the next that opens or writes the gallery finishes the work. When
     another process is in the middle of reading, the old bytes stay until the next write, and a UserWarning says so.
+
+    Whoever only reads waits for nobody, and opening a gallery that is there takes no lock either: work that a killed
+    process has left is done then only if no other process is writing, which will do it after its write.
     """
+
+    erases = True
 
     def __init__(self, where: str | os.PathLike[str], origin: Origin | None, *, create: bool = False) -> None:
         """Opens a gallery; use `open_store`, which says what is raised."""
         self._where = Path(where)
         self._lock = threading.RLock()
+        self._closed = False
+        self._may_start = create and origin is not None
         self._index: _Index | None = None
         self._counts: tuple[tuple[int, int], list[int]] | None = None  # of one state of the file
         path = self._where / FILE
         if self._where.exists() and not self._where.is_dir():
-            raise ValueError(f"{self._where} is a file: a gallery is a folder. Give the folder, or another.")
-        if create and origin is not None:
+            raise ValueError(f"{shown(self._where)} is a file: a gallery is a folder. Give the folder, or another.")
+        if self._may_start:
             _make_file(path)
         if not path.exists():
             raise nothing_there(self._where)
@@ -495,18 +552,18 @@ class SqliteStore:
             )
         try:
             with self._explained():
-                self.origin = self._start(origin, create)
+                self.origin = self._start(origin)
                 check_origin(self._where, self.origin, origin)
                 _only_for_owner(path)
-                self._purge()
+                self._purge(opening=True)
         except BaseException:
             self._db.close()
             raise
 
-    def _start(self, origin: Origin | None, create: bool) -> Origin:
+    def _start(self, origin: Origin | None) -> Origin:
         # Whose database it is comes first: nothing may change in another program's.
-        if not self._is_ours():
-            if not create or origin is None:
+        if new := not self._is_ours():
+            if not self._may_start:
                 raise nothing_there(self._where)
             # A page holds several templates of up to 512 numbers; SQLite's 4096 bytes hold one.
             self._db.execute("PRAGMA page_size=8192")
@@ -518,16 +575,35 @@ class SqliteStore:
         mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
         if mode != "wal":
             raise OSError(f"the file system of {self._where} cannot hold a gallery (no WAL): use a local disk.")
-        with self._transaction():
-            if not self._is_ours():  # nor has another process made it one meanwhile
-                assert origin is not None
-                for statement in TABLES.split(";"):
-                    self._db.execute(statement)
-                facts = {**dataclasses.asdict(origin), "schema": SCHEMA, "removals": 0, "purged": 0}
-                self._db.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
-                self._db.execute(f"PRAGMA application_id={APPLICATION}")
+        if new:
+            with self._transaction():
+                if not self._is_ours():  # nor has another process made it one meanwhile
+                    assert origin is not None
+                    for statement in TABLES.split(";"):
+                        self._db.execute(statement)
+                    facts = {**dataclasses.asdict(origin), "schema": SCHEMA, "removals": 0, "purged": 0}
+                    self._db.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
+                    self._db.execute(f"PRAGMA application_id={APPLICATION}")
+        there = self._stored_origin()
+        if self._may_start and origin is not None and there != origin:
+            with self._transaction():
+                self._take_over_if_empty(origin)
+                there = self._stored_origin()
+        return there
+
+    def _stored_origin(self) -> Origin:
         there = dict(self._db.execute("SELECT key, value FROM meta").fetchall())
         return Origin(checkpoint=there["checkpoint"], aligner=there["aligner"], dim=there["dim"])
+
+    def _take_over_if_empty(self, origin: Origin) -> None:
+        """In a transaction: a gallery without people holds nothing of its origin, and may have another."""
+        if self._db.execute("SELECT 1 FROM people LIMIT 1").fetchone() is None:
+            facts = dataclasses.asdict(origin).items()
+            self._db.executemany("UPDATE meta SET value = ? WHERE key = ?", [(value, key) for key, value in facts])
+
+    def _check_origin(self) -> None:
+        """In a transaction: another process may have taken over the gallery while it was empty, and enrolled people."""
+        check_origin(self._where, self._stored_origin(), self.origin)
 
     def _is_ours(self) -> bool:
         """False for a database with nothing in it: what a kill during the first enrolment leaves."""
@@ -538,14 +614,14 @@ class SqliteStore:
             return False
         if application != APPLICATION:
             raise ValueError(
-                f"{self._where / FILE} is another program's database, and not a gallery: nothing was changed in it. "
+                f"{shown(self._where / FILE)} is another program's database, and not a gallery: nothing was changed in it. "
                 "Give another folder."
             )
         schema = self._db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0]
         if schema != SCHEMA:
             raise ValueError(
-                f"{self._where} has schema {schema}, and this version of faceembed reads {SCHEMA}: use the version that "
-                "wrote it, or export it there and import it here."
+                f"{shown(self._where)} has schema {schema}, and this version of faceembed reads {SCHEMA}: use the version "
+                "that wrote it, or export it there and import it here."
             )
         return True
 
@@ -556,9 +632,11 @@ class SqliteStore:
         """Holds the lock, and gives SQLite's errors the words and the types that callers know."""
         try:
             with self._lock:
+                if self._closed:
+                    raise closed(self._where)
                 yield
         except sqlite3.DatabaseError as error:
-            file, code = self._where / FILE, getattr(error, "sqlite_errorcode", 0) & 0xFF
+            file, code = shown(self._where / FILE), getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise ValueError(
                     f"{file} is damaged, or no gallery ({error}). It was left as it is: restore it from a backup, or "
@@ -588,6 +666,12 @@ class SqliteStore:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """One state of the file for several reads; the lock is held."""
+        with contextlib.nullcontext() if self._db.in_transaction else self._transaction("DEFERRED"):
+            yield
 
     def _version(self) -> int:
         return self._db.execute("PRAGMA data_version").fetchone()[0]
@@ -636,12 +720,14 @@ class SqliteStore:
 
     def _read(self, where: str, values: Sequence[object]) -> Iterator[Entry]:
         # Everything is fetched at once: a cursor that stays open would keep removed people's bytes in the log.
-        with self._explained():
+        with self._explained(), self._snapshot():
             rows = self._db.execute(
                 "SELECT name, enrolled, photo, quality, vector FROM people JOIN templates ON templates.person = people.id "
                 f"{where} ORDER BY people.name, templates.id",
                 values,
             ).fetchall()
+            if rows:
+                self._check_origin()
         return self._entries(rows)
 
     def _entries(self, rows: list[tuple[str, str, str, float, bytes]]) -> Iterator[Entry]:
@@ -659,10 +745,10 @@ class SqliteStore:
 
     def _vectors(self, blobs: Sequence[bytes], whose: str) -> np.ndarray:
         if any(len(blob) != 4 * self.origin.dim for blob in blobs):
-            raise ValueError(f"{self._where / FILE} is damaged: {whose} has templates of another length.")
+            raise ValueError(f"{shown(self._where / FILE)} is damaged: {whose} has templates of another length.")
         vectors = np.frombuffer(b"".join(blobs), "<f4").astype(np.float32, copy=False).reshape(-1, self.origin.dim)
         if not np.isfinite(vectors).all():
-            raise ValueError(f"{self._where / FILE} is damaged: {whose} has templates with NaN or infinity.")
+            raise ValueError(f"{shown(self._where / FILE)} is damaged: {whose} has templates with NaN or infinity.")
         return vectors
 
     # Writing ----------------------------------------------------------------------------------------------------------
@@ -672,6 +758,9 @@ class SqliteStore:
         check_entries(entries, if_there, self.origin.dim)
         with self._explained():
             with self._transaction():
+                if self._may_start and self._stored_origin() != self.origin:
+                    self._take_over_if_empty(self.origin)  # as another process has, which enrolled nobody so far
+                self._check_origin()
                 known = self._ids([entry.name for entry in entries])
                 if known and if_there == "error":
                     raise already_there(sorted(known))
@@ -734,7 +823,7 @@ class SqliteStore:
                 if old == new:
                     return
                 if new in known:
-                    raise already_there([new])
+                    raise name_taken(new)
                 self._db.execute("UPDATE people SET name = ? WHERE id = ?", [new, known[old]])
                 (pooled,) = self._db.execute("SELECT pooled FROM people WHERE id = ?", [known[old]]).fetchone()
                 self._mark()
@@ -752,7 +841,7 @@ class SqliteStore:
         """Writes down, in the transaction that removes something, that its bytes are still to be erased."""
         self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'removals'")
 
-    def _purge(self) -> None:
+    def _purge(self, *, opening: bool = False) -> None:
         """Erases the bytes of what was removed, if anything was.
 
         secure_delete zeroes what a deletion frees, but not the copies that SQLite leaves behind when it moves rows
@@ -762,25 +851,34 @@ class SqliteStore:
         if facts["purged"] >= facts["removals"]:
             return
         try:
+            if opening:
+                self._wait_at_most(OPENING_SECONDS)
             self._db.execute("VACUUM")
-            self._db.execute(f"PRAGMA busy_timeout={int(1000 * PURGE_SECONDS)}")
+            if not opening:
+                self._wait_at_most(PURGE_SECONDS)
             busy = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             why = "another process is reading it"
+            if not busy:
+                # Not simply "done": another process may have removed somebody since. Without the mark, all that
+                # happens is that the next process erases once more.
+                with contextlib.suppress(sqlite3.OperationalError):
+                    self._db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'purged'", [facts["removals"]])
         except sqlite3.OperationalError as error:  # the removal itself stands
+            if opening and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                return  # who is writing now erases when it is done
             busy, why = True, str(error)
         finally:
-            self._db.execute(f"PRAGMA busy_timeout={int(1000 * BUSY_SECONDS)}")
+            self._wait_at_most(BUSY_SECONDS)
         if busy:
             warnings.warn(
-                f"what was removed from {self._where} cannot be found any more, but its bytes are still in {FILE} or "
-                f"{FILE}-wal ({why}). The next write erases them, and so does opening the gallery.",
+                f"what was removed from {shown(self._where)} cannot be found any more, but its bytes are still in {FILE} "
+                f"or {FILE}-wal ({why}). The next write erases them, and so does opening the gallery.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4 if opening else 3,
             )
-            return
-        with self._transaction():
-            # Not simply "done": another process may have removed somebody since.
-            self._db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'purged'", [facts["removals"]])
+
+    def _wait_at_most(self, seconds: float) -> None:
+        self._db.execute(f"PRAGMA busy_timeout={int(1000 * seconds)}")
 
     # Searching --------------------------------------------------------------------------------------------------------
 
@@ -809,6 +907,8 @@ class SqliteStore:
         with self._transaction("DEFERRED"):  # one state of the file for both
             version = self._version()
             people = self._db.execute("SELECT name, pooled FROM people ORDER BY id").fetchall()
+            if people:
+                self._check_origin()
         names: list[str | None] = [name for name, _ in people]
         vectors = self._vectors([pooled for _, pooled in people], "somebody")
         return _Index(
@@ -852,7 +952,8 @@ class SqliteStore:
 
     def close(self) -> None:
         """See `Store.close`."""
-        with self._explained():
+        with self._lock:
+            self._closed = True
             self._index = None
             self._db.close()
 
@@ -864,10 +965,7 @@ def _bytes(vector: np.ndarray | None) -> bytes:
 
 def _make_file(path: Path) -> None:
     """An empty file for its owner alone, whatever the umask, unless there is one."""
-    if not path.parent.exists():
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path.parent, 0o700)
+    make_folders(path.parent)
     # Closing a file drops all locks that the process has on it: no other thread may have opened it by then.
     with _MAKING, contextlib.suppress(FileExistsError):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -876,6 +974,14 @@ def _make_file(path: Path) -> None:
 
 
 _MAKING = threading.Lock()
+
+
+def make_folders(folder: Path) -> None:
+    """A folder and what is missing above it, for their owner alone, whatever the umask; others keep their modes."""
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            missing.mkdir(0o700)
+            missing.chmod(0o700)
 
 
 def _only_for_owner(path: Path) -> None:
@@ -891,12 +997,19 @@ def _only_for_owner(path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def export_npz(store: Store, path: str | os.PathLike[str]) -> None:
+def export_npz(store: Store, path: str | os.PathLike[str]) -> int:
     """Writes a whole gallery as one .npz, atomically and for its owner alone.
 
     Its arrays, n people with t templates among them: `names` [n], `enrolled` [n], `owner` [t] (row of `names`,
     ascending), `vectors` [t, d] float32, `qualities` [t] float64, `photos` [t], `origin` (JSON) and `format`.
     No pickles: `np.load(path)` reads it anywhere.
+
+    A process that is killed in the middle leaves nothing behind where the file system has files without a name (ext4,
+    XFS, Btrfs, tmpfs). Elsewhere, such as on NFS, it leaves everybody's templates in a hidden file ".NAME.*.tmp" beside
+    `path`, until the next export of that NAME removes it.
+
+    Returns:
+      How many people are in it.
 
     Raises:
       OSError: the file cannot be written; an old one stands.
@@ -914,17 +1027,49 @@ def export_npz(store: Store, path: str | os.PathLike[str]) -> None:
         "vectors": np.array([template.vector for template in templates], np.float32).reshape(-1, store.origin.dim),
     }
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        make_folders(path.parent)
+        _remove_stale(path)
+        _save(path, arrays)
+    except OSError as error:  # whose own words name the temporary file, or none
+        raise type(error)(
+            f"{shown(path)} cannot be written ({error.strerror or error}): give a file in a folder that you may write "
+            "to and that has space. If there was one of that name, it is as it was."
+        ) from error
+    return len(entries)
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    nameless = True
+    try:
+        handle = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError:  # not every file system has such files
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        nameless = False
+    try:
+        with open(handle, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # tells `_remove_stale` that somebody is at work
             os.fchmod(file.fileno(), 0o600)
             np.savez(file, **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if nameless:  # a link cannot take the place of an old file: it takes two steps
+                # With a directory's handle given, Python follows the link in /proc to the file itself.
+                os.link(f"/proc/self/fd/{handle}", temporary, src_dir_fd=handle)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # there only after a failure
+
+
+def _remove_stale(path: Path) -> None:
+    """Exports of that name that were killed; those of processes that are still at it stay."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # another user's, or a running export's: it is locked
+            if old.is_file():
+                with open(old, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    old.unlink()
 
 
 def import_npz(path: str | os.PathLike[str]) -> tuple[Origin, list[Entry]]:
@@ -937,17 +1082,32 @@ def import_npz(path: str | os.PathLike[str]) -> tuple[Origin, list[Entry]]:
       ValueError: the file is damaged, or no such export.
       OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no file {shown(path)}: give one that python launch.py gallery export FILE.npz has written."
+        ) from error
+    except OSError as error:
+        raise type(error)(
+            f"{shown(path)} cannot be read ({error.strerror}): give a file that gallery export has written, and that you "
+            "may read."
+        ) from error
+    with file:
         # A damaged zip of damaged arrays fails in a dozen ways, from zlib.error to a SyntaxError in an array's header.
         try:
+            if not zipfile.is_zipfile(file):  # NumPy would take it for a pickle, and say how to load it unsafely
+                raise ValueError("it is no .npz file")
+            file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 if str(arrays["format"]) != EXPORT:
                     raise ValueError(f"its format is {str(arrays['format'])!r}, not {EXPORT!r}")
                 origin = Origin(**json.loads(str(arrays["origin"])))
                 return origin, list(_imported(origin, arrays))
         except Exception as error:
+            why = "it holds pickled objects, which no export does" if "allow_pickle" in str(error) else error
             raise ValueError(
-                f"{path} is damaged, or no export of a gallery ({error}). Export the gallery once more."
+                f"{shown(path)} is damaged, or no export of a gallery ({why}). Export the gallery once more."
             ) from error
 
 
