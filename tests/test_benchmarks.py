@@ -1,6 +1,8 @@
 """The benchmarks' own arithmetic and fairness: turns, ratios, threads, memory, equal triplets. Nothing is timed here."""
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from PIL import Image
 
 from experiments.benchmarks import __main__ as runner
 from experiments.benchmarks import growth, harness, loss, reading
+from experiments.benchmarks import search as searching
 from faceembed import encoders
 from faceembed.data import pipeline, sampling, sources
 
@@ -231,3 +234,51 @@ def test_growth_measures_updates_of_the_training(monkeypatch):
     assert {row["photo"] for row in rows} == {1}
     assert {row["MB"] for row in rows} == {5}
     assert jax.device_count() == 8
+
+
+def test_probes_are_mates_and_strangers_by_turns_and_the_truth_is_who_is_nearest(monkeypatch):
+    monkeypatch.setattr(searching, "CHUNK", 7)
+    vectors = searching.people(50)
+    probes = searching.probes_of(vectors)
+    np.testing.assert_allclose(np.linalg.norm(probes, axis=1), 1, rtol=1e-5)
+    distance = np.sum((probes[:, None].astype(np.float64) - vectors) ** 2, 2)
+    np.testing.assert_array_equal(searching.truth(vectors, probes), distance.argmin(1))
+    # Two unit vectors at right angles, one of them of length 0.8: 2 - 2 / sqrt(1.64) from the first.
+    assert np.median(distance.min(1)[::2]) == pytest.approx(0.44, abs=0.1)
+    assert np.median(distance.min(1)[1::2]) > 1
+
+
+@pytest.mark.filterwarnings("ignore")  # the peers' own
+@pytest.mark.parametrize("name", searching.CONTESTANTS)
+def test_every_contestant_names_the_nearest_from_what_it_stored(tmp_path, name):
+    contestant = searching.CONTESTANTS[name]
+    for module in contestant.modules:
+        pytest.importorskip(module, reason=f"pip install {module.replace('_', '-')}")
+    vectors = searching.people(300)
+    probes = searching.probes_of(vectors)[: searching.BATCH]
+    (tmp_path / "gallery").mkdir(mode=0o700)
+    contestant.write(tmp_path / "gallery", vectors)
+    with contextlib.ExitStack() as stack:
+        find = contestant.open(tmp_path / "gallery", stack)
+        named, five = find(probes, 1), find(probes[:1], 5)
+        assert named.shape == (searching.BATCH, 1)
+        assert five.shape == (1, 5)
+        right = named[:, 0] == searching.truth(vectors, probes)
+    assert right.all() or ("IVF" in name and right[::2].mean() > 0.5)
+
+
+def test_searches_are_measured_without_the_peers_that_are_missing_or_cannot_hold_so_many(monkeypatch):
+    monkeypatch.setattr(harness, "available", lambda *modules: not modules)
+    monkeypatch.setattr(harness, "fresh", lambda function, *args: function(*args))
+    ours = searching.CONTESTANTS[searching.OURS]
+    small = dataclasses.replace(ours, most=499)
+    monkeypatch.setattr(searching, "CONTESTANTS", {searching.OURS: ours, "small": small})
+    row, left_out, *bars = searching.run(quick=True)
+    assert row["table"] == "500 people"
+    assert row["recall mates"] == row["recall strangers"] == 1
+    assert min(row["q/s of 1"], row["q/s of 64"], row["stored s"], row["loaded s"]) > 0
+    assert row["×1"] is row["×64"] is None
+    assert left_out == {"table": "500 people", "contestant": "small: left out"}
+    assert [(bar["probes"], bar["k"]) for bar in bars] == [(1, 1), (64, 1), (1, 5), (64, 5)]
+    assert bars[0]["faceembed.search ms"] > 0
+    assert bars[0]["faiss flat ms"] is bars[0]["ratio"] is None

@@ -29,6 +29,7 @@ BENCHMARKS = (
     "verification",
     "pretrained",
     "startup",
+    "search",
 )
 
 

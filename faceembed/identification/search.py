@@ -36,7 +36,7 @@ SPARE = 3
 """Blocks ranked beyond k, so that rows almost as near as the k-th seldom leave a probe unsettled."""
 BATCH = 256
 """Probes searched together at most."""
-CHUNK = 2**16
+CHUNK = 2**14
 """Rows checked or written together at most."""
 GROWTH = 1.5
 """How many times its old capacity a matrix that grows has at least."""
@@ -126,6 +126,7 @@ def write(matrix: Matrix, rows: np.ndarray, vectors: np.ndarray | None) -> Matri
         vectors = _checked(vectors, "vectors", matrix.dim)
         if len(vectors) != len(rows):
             raise ValueError(f"there are {len(rows)} rows and {len(vectors)} vectors. Give a vector for each row.")
+    rows = rows.astype(np.int64)
     if (np.diff(rows) <= 0).any():
         # Which of two writes to a row comes last is not defined on a device.
         last = len(rows) - 1 - np.unique(rows[::-1], return_index=True)[1]
@@ -210,6 +211,8 @@ def _put(matrix: Matrix, rows: np.ndarray, vectors: np.ndarray | None) -> Matrix
             new = np.zeros((len(where), matrix.dim), np.float32)
             new[: len(piece)] = vectors[start : start + CHUNK]
             full, bias = _overwritten(full, bias, where, new, matrix.mesh)
+            if len(rows) > CHUNK:
+                bias.block_until_ready()  # or the pieces that wait would take as much memory as the gallery
     return dataclasses.replace(matrix, vectors=full, bias=bias, count=max(matrix.count, top))
 
 
