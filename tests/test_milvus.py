@@ -330,3 +330,17 @@ def test_galleries_move_between_a_folder_and_milvus(where, tmp_path):
     with contextlib.closing(open_store(tmp_path / "gallery", origin, create=True)) as store:
         store.write(entries)
         assert same(store.entries(), people)
+
+
+def test_milvus_lite_is_flushed_after_every_change_and_a_server_never(tmp_path, monkeypatch):
+    """Unflushed rows are searched one by one: 0.6 s instead of 0.03 for 20,000 people."""
+    told = []
+    monkeypatch.setattr(pymilvus.MilvusClient, "flush", lambda self, name, **options: told.append(name))
+    with contextlib.closing(open_store(f"milvus:{tmp_path / 'g.db'}", ORIGIN, create=True)) as store:
+        store.write([person("ann"), person("bob")])
+        store.rename("ann", "cid")
+        store.remove(["bob"])
+        assert told == [milvus.COLLECTION] * 3
+        store._lite = False
+        store.write([person("dan")])
+        assert len(told) == 3
