@@ -215,12 +215,18 @@ def check_places(gallery: str, json: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def notes_for_warnings() -> Iterator[None]:
-    """Shows `UserWarning`s as lines to read: where in the source they were raised helps nobody at a terminal."""
+def notes_for_warnings() -> Iterator[list[str]]:
+    """Shows `UserWarning`s as lines to read: where in the source they were raised helps nobody at a terminal.
+
+    Yields:
+      What was shown so far.
+    """
     usual = warnings.showwarning
+    notes: list[str] = []
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, UserWarning):
+            notes.append(str(message))
             print(f"note: {message}", file=sys.stderr)
         else:
             usual(message, category, *where, **more)
@@ -228,7 +234,7 @@ def notes_for_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
-        yield
+        yield notes
 
 
 def notes_on(gallery: "Gallery", enrolled: Sequence["Entry"], before: Sequence[str]) -> list[str]:

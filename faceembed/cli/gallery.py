@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+from faceembed.cli.enroll import notes_for_warnings
 
 if TYPE_CHECKING:
     from faceembed.identification.store import Origin, Store
@@ -86,30 +86,14 @@ def run(arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def _opened(where: str, origin: "Origin | None" = None) -> "Iterator[tuple[Store, list[str]]]":
-    """A gallery, closed in any case; started if an origin is given. And what it warns of, filled in at the call.
-
-    The warnings are printed at the end, as notes: where in the code they arose says nothing to whoever typed a command.
-    """
+    """A gallery, closed in any case; started if an origin is given. And what it warned of so far."""
     from faceembed.identification.store import open_store
 
-    notes: list[str] = []
-    show = warnings.showwarning
-
-    def note(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if issubclass(category, UserWarning):
-            notes.append(str(message))
-        else:
-            show(message, category, *where)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=UserWarning)
-        warnings.showwarning = note  # type: ignore[assignment]
-        try:
-            with contextlib.closing(open_store(where, origin, create=origin is not None)) as store:
-                yield store, notes
-        finally:
-            for text in notes:
-                print(f"note: {text}", file=sys.stderr)
+    with (
+        notes_for_warnings() as notes,
+        contextlib.closing(open_store(where, origin, create=origin is not None)) as store,
+    ):
+        yield store, notes
 
 
 def _people(n: int) -> str:

@@ -12,7 +12,7 @@ maximum for each stranger in expectation, and strangers, not comparisons, are re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -156,11 +156,11 @@ def fit_excess(excess: ArrayLike, weight: ArrayLike) -> tuple[float, float]:
     return shape, shape / tau
 
 
-def _where(rising: object, value: float, low: float, high: float) -> float:
-    """Where a rising function takes a value, by halving."""
+def _where(rising: Callable[[float], float], value: float, low: float, high: float) -> float:
+    """Where a rising function takes a value, by halving; an end, where it does not: SciPy's finders would raise."""
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < value else (low, middle)  # type: ignore[operator]
+        low, high = (middle, high) if rising(middle) < value else (low, middle)
     return (low + high) / 2
 
 
