@@ -1,8 +1,9 @@
 """How many people can be enrolled before one stranger in a hundred is let in?  (Seconds, after two reports of a minute.)
 
-    python launch.py identification-report dlib --source lfw:dev_test --sizes 100 250 496 --out dlib
-    python launch.py identification-report runs/celeba --source lfw:dev_test --sizes 100 250 496 --out celeba
-    python -m experiments.planner dlib=dlib/results.json celeba=celeba/results.json --out docs/img/planner.svg
+    python launch.py identification-report dlib --source lfw:dev_test --sizes 100 250 496 --out reports/dlib
+    python launch.py identification-report runs/celeba --source lfw:dev_test --sizes 100 250 496 --out reports/celeba
+    python -m experiments.planner dlib=reports/dlib/results.json celeba=reports/celeba/results.json \\
+        --out docs/img/planner.svg
 
 Draws the planner's curves of several reports into one figure, and prints its table.
 """

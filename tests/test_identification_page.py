@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from faceembed import cli
-from faceembed.identification import page, protocol, rivals
+from faceembed.identification import openset, page, protocol, rivals
 from tests.test_identification_protocol import embedded, names
 
 
@@ -111,6 +111,13 @@ def test_a_rivals_threshold_is_set_by_the_others_and_its_rates_are_at_it():
         assert moved[method]["fpir"].value > 0.9
     for row in usual.values():
         assert row["tpir"].value < row["rank1"].value
+    # The threshold is that of the others' strangers in a gallery of the others.
+    sides = [
+        protocol.draw(*some, *protocol.roles(names(260), np.bincount(some[1])), draws=1).searches
+        for some in ((emb, identity), others)
+    ]
+    cut = openset.threshold_at_fpir(openset.ranked(sides[1].non_mated, share=0.1), 60, 0.1)
+    assert usual["mean template"]["tpir"] == openset.tpir(sides[0].mated, 60, cut)
     assert rivals.compare(emb, identity, names(260), called, fpir=0.01) == []  # 200 strangers do not resolve it
 
 
@@ -260,6 +267,7 @@ def test_thresholds_come_from_the_training_half_or_the_calibrate_people(monkeypa
         (["--fpirs", 0.9], "at most 0.5"),
         (["--sizes", 100_000], "Give smaller ones"),
         (["--embeddings", "nothing.npz"], "there is no nothing.npz"),
+        (["--out", "run"], "such as --out reports/run"),  # the folder would hide a network of that name
     ],
 )
 def test_what_cannot_be_is_said(launch, arguments, message):

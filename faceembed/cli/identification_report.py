@@ -68,6 +68,11 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"--draws is {options.draws}: photos are drawn at least once. Try --draws 5.")
     if not options.fpirs or not all(0 < fpir <= 0.5 for fpir in options.fpirs):
         raise ValueError(f"--fpirs are {options.fpirs}: shares of strangers, above 0 and at most 0.5. Try 0.1 0.01.")
+    if options.out and options.out.resolve() == options.checkpoint.resolve():
+        raise ValueError(
+            f"--out is {options.out}, as the checkpoint: a folder of that name would be taken for it from now on. Name "
+            f"another, such as --out reports/{options.out.name}."
+        )
     if options.out and not report.can_write(options.out):
         raise ValueError(f"--out is {options.out}: files cannot be written there. Name a folder of yours.")
     embedder = load(options.checkpoint) if "synthetic" in options.source else None
