@@ -6,8 +6,8 @@
     RUN/checkpoints/STEP/params | train | data | config | metrics
 
 `params` holds parameters, batch statistics and their moving averages: all that evaluation reads. `train` holds the
-optimizer's state, the step and the count of skipped updates. `data` says what was trained on. The latest and the best
-step are kept.
+optimizer's state, the memory of a loss that has one, the step and the count of skipped updates. `data` says what was
+trained on. The latest and the best step are kept.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from faceembed import config as configs
-from faceembed import report
+from faceembed import losses, report
 from faceembed.training.step import TrainState
 
 ITEMS = ("params", "train", "data", "config")
@@ -133,6 +133,7 @@ class Checkpoints:
             params={"encoder": params["params"], "loss": params["loss"]},
             batch_stats=params["batch_stats"],
             ema=params["ema"],
+            memory=losses.Memory(**train["memory"]) if state.memory else None,
         )
 
 
@@ -146,7 +147,9 @@ def _params_item(state: TrainState) -> dict[str, Any]:
 
 
 def _train_item(state: TrainState) -> dict[str, Any]:
-    return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+    # Runs without a memory have no entry for it, as runs from before there was one.
+    memory = {"memory": state.memory._asdict()} if state.memory else {}
+    return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped, **memory}
 
 
 def write(run: Path, experiment: configs.Experiment, variables: Any, data: dict[str, Any]) -> None:

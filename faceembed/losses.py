@@ -14,7 +14,7 @@ Distances and losses are computed in float32, or in float64 where the embeddings
 vectors: unit length is the encoder's business.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,34 @@ CHUNK = 2**21
 """Most elements of the [chunk, b, d] differences that `pair_logistic_loss` holds at once, or those of one photo."""
 
 AxisName = str | tuple[str, ...] | None
+
+
+class Memory(NamedTuple):
+    """Embeddings of recent batches, newest first, the same on every device (Wang et al. 2020, Cross-Batch Memory).
+
+    Attributes:
+      emb: [m, d] float.
+      identity: [m] int32 person ids.
+      filled: [m] bool, False where nothing was remembered yet.
+    """
+
+    emb: Array
+    identity: Array
+    filled: Array
+
+
+def init_memory(size: int, dim: int, dtype: Any = jnp.float32) -> Memory:
+    """A memory of `size` ≥ 1 embeddings [dim] with nothing in it."""
+    return Memory(jnp.zeros((size, dim), dtype), jnp.zeros(size, jnp.int32), jnp.zeros(size, bool))
+
+
+def remember(memory: Memory, emb: Array, identity: Array) -> Memory:
+    """The memory with a batch in front: emb [B, d], identity [B] int; what no longer fits is forgotten."""
+    new = Memory(
+        lax.stop_gradient(emb).astype(memory.emb.dtype), identity.astype(jnp.int32), jnp.ones(len(identity), bool)
+    )
+    size = len(memory.filled)
+    return Memory(*(jnp.concatenate([front, back])[:size] for front, back in zip(new, memory, strict=True)))
 
 
 def triplet_loss(

@@ -13,6 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 DATA = "data"
 """Mesh axis over which the photos of a batch are divided."""
 
+CLASS_KERNEL = "class_kernel"
+"""Name of a parameter [classes, d], a row a training person: too many for one device, so its rows are always divided."""
+
 
 def make_mesh(devices: int | None = None) -> Mesh:
     """A mesh ("data", "model") of all devices, or of the first few; "model" has size 1.
@@ -59,7 +62,10 @@ def state_sharding(mesh: Mesh, state: Any, *, shard_optimizer: bool = False) -> 
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         spec = PartitionSpec()
-        if shard_optimizer and path[0].name in ("opt_state", "ema"):
+        if any(getattr(part, "key", None) == CLASS_KERNEL for part in path):
+            # The optimizer's moments of it have the same name in their path.
+            spec = PartitionSpec(DATA)
+        elif shard_optimizer and path[0].name in ("opt_state", "ema"):
             divisible = [axis for axis, size in enumerate(leaf.shape) if size and size % devices == 0]
             if divisible:
                 longest = max(divisible, key=lambda axis: leaf.shape[axis])

@@ -159,8 +159,8 @@ def test_one_compilation_and_a_donated_state():
 def test_an_update_that_is_not_finite_is_not_applied():
     chosen, _ = loop.make_loss(TINY)
 
-    def spoiled(emb, identity, params, key, step, axis):
-        loss, metrics = chosen(emb, identity, params, key, step, axis)
+    def spoiled(emb, identity, params, memory, key, step, axis):
+        loss, metrics = chosen(emb, identity, params, memory, key, step, axis)
         bad = jax.lax.pmax((identity == -1).any().astype(jnp.float32), axis)
         return jnp.where(bad > 0, jnp.nan, loss), metrics
 

@@ -75,7 +75,7 @@ def ours(name: str) -> Callable[[], tuple[float, float]]:
     shardings = meshes.state_sharding(mesh, state)
     update = steps.make_train_step(
         encoder,
-        lambda emb, identity, _, __, ___, axis: losses.triplet_loss(
+        lambda emb, identity, _, __, ___, ____, axis: losses.triplet_loss(
             emb, identity, margin=MARGIN, miner="hardest", axis_name=axis
         ),
         optimizer, lambda _, __, images: preprocess.normalize(pre, images), seed=0, ema=EMA, mesh=mesh,

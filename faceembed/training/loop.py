@@ -324,11 +324,11 @@ def make_loss(experiment: config.Experiment) -> tuple[steps.LossFn, Any]:
         case config.Triplet():
             return _triplet(loss, total=experiment.steps, log=experiment.checkpoint.log), {}
         case config.Contrastive():
-            return lambda emb, identity, _, __, ___, axis: losses.contrastive_loss(
+            return lambda emb, identity, _, __, ___, ____, axis: losses.contrastive_loss(
                 emb, identity, margin=loss.margin, axis_name=axis
             ), {}
         case config.PairLogistic():
-            return lambda emb, identity, params, _, __, axis: losses.pair_logistic_loss(
+            return lambda emb, identity, params, _, __, ___, axis: losses.pair_logistic_loss(
                 emb, identity, params, axis_name=axis
             ), losses.init_pair_logistic(experiment.encoder.dim)
 
@@ -336,7 +336,7 @@ def make_loss(experiment: config.Experiment) -> tuple[steps.LossFn, Any]:
 def _triplet(loss: config.Triplet, *, total: int, log: int) -> steps.LossFn:
     last_part = total - round(loss.last_share * total)
 
-    def triplet(emb: jax.Array, identity: jax.Array, _: Any, key: jax.Array, step: jax.Array, axis: Any):
+    def triplet(emb: jax.Array, identity: jax.Array, _: Any, memory: Any, key: jax.Array, step: jax.Array, axis: Any):
         def mined(miner: str) -> Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
             return lambda emb: losses.triplet_loss(
                 emb, identity, margin=loss.margin, miner=miner, key=key, axis_name=axis

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from faceembed import losses
 from faceembed import mesh as meshes
 from faceembed.training import diagnostics, transfer
 
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-"""(emb [b, d], identity [b], params, key, step [], axis_name) → (scalar loss over all devices, scalar metrics)."""
+"""(emb [b, d], identity [b], params, memory, key, step [], axis_name) → (scalar loss over all devices, scalar metrics)."""
 
 
 @flax.struct.dataclass
@@ -32,11 +33,13 @@ class TrainState:
     opt_state: Any
     ema: Any
     """{"params": …, "batch_stats": …}: moving averages, which evaluation uses."""
+    memory: losses.Memory | None = None
+    """Embeddings of recent batches, for a loss that compares with them; None for others."""
 
 
 def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
     """Whether weight decay applies to a parameter: to kernels; never to norms, biases or PReLU slopes."""
-    return leaf.ndim > 1 and getattr(path[-1], "key", None) == "kernel"
+    return leaf.ndim > 1 and getattr(path[-1], "key", None) in ("kernel", meshes.CLASS_KERNEL)
 
 
 def make_optimizer(
@@ -72,7 +75,14 @@ def make_optimizer(
 
 
 def init_state(
-    encoder: nn.Module, optimizer: optax.GradientTransformation, *, seed: int, size: int, loss_params: Any, dtype: Any
+    encoder: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    size: int,
+    loss_params: Any,
+    dtype: Any,
+    memory: losses.Memory | None = None,
 ) -> TrainState:
     """A fresh state.
 
@@ -82,6 +92,7 @@ def init_state(
       size: side of the encoder's input, in pixels.
       loss_params: parameters of the loss; {} for none.
       dtype: of all parameters, float32, or float64 for comparisons.
+      memory: from `losses.init_memory`, for a loss that has one.
     """
     # Parameters are drawn in float32 whatever the dtype, so that a float64 run starts from the same numbers.
     # Under jit the forward pass that `init` makes is dead code; without, every layer of it would be compiled by itself.
@@ -102,6 +113,7 @@ def init_state(
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, {"params": params["encoder"], "batch_stats": batch_stats}),
+        memory=memory,
     )
 
 
@@ -142,6 +154,8 @@ def make_train_step(
       not applied; it is counted in `state.skipped`.
     """
     data = PartitionSpec(meshes.DATA)
+    # Parameters of a loss that are divided over the devices arrive in it divided.
+    of_loss = jax.tree.map(lambda sharding: sharding.spec, shardings.params["loss"])
 
     def update(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         images = views(state.step, batch["slot"], batch["image"])
@@ -150,9 +164,9 @@ def make_train_step(
 
         same = PartitionSpec()
 
-        @jax.shard_map(mesh=mesh, in_specs=(data, data, same, same, same), out_specs=same)
-        def global_loss(emb: jax.Array, identity: jax.Array, params: Any, key: jax.Array, step: jax.Array):
-            return loss(emb, identity, params, key, step, meshes.DATA)
+        @jax.shard_map(mesh=mesh, in_specs=(data, data, of_loss, same, same, same), out_specs=same)
+        def global_loss(emb: jax.Array, identity: jax.Array, params: Any, memory: Any, key: jax.Array, step: jax.Array):
+            return loss(emb, identity, params, memory, key, step, meshes.DATA)
 
         def objective(params: Any):
             held = transfer.without_gradient(params["encoder"], frozen) if frozen else params["encoder"]
@@ -161,7 +175,7 @@ def make_train_step(
                     {"params": held, "batch_stats": state.batch_stats}, images, train=True, mutable=["batch_stats"],
                     rngs={"dropout": dropout_key},
                 )  # fmt: skip
-            value, metrics = global_loss(emb, batch["identity"], params["loss"], loss_key, state.step)
+            value, metrics = global_loss(emb, batch["identity"], params["loss"], state.memory, loss_key, state.step)
             return value, (updates.get("batch_stats", state.batch_stats), emb, metrics)
 
         (value, (batch_stats, emb, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
@@ -187,6 +201,8 @@ def make_train_step(
             # The schedule's count lives in here: an update that is not applied does not advance it.
             opt_state=_choose(finite, opt_state, state.opt_state),
             ema=_choose(finite, average, state.ema),
+            memory=state.memory
+            and _choose(finite, losses.remember(state.memory, emb, batch["identity"]), state.memory),
         )
         return new, {**metrics, "loss": value, "skipped": new.skipped, **health}
 
