@@ -14,15 +14,19 @@ Distances and losses are computed in float32, or in float64 where the embeddings
 vectors: unit length is the encoder's business.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import AxisType, PartitionSpec
 
-from faceembed import mining
+from faceembed import mining, tiled
 
 QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
+TABLE = 2**20
+"""Distances up to which a table of all of them is made rather than slabs, 4 MiB of float32."""
 CHUNK = 2**21
 """Most elements of the [chunk, b, d] differences that `pair_logistic_loss` holds at once, or those of one photo."""
 
@@ -65,6 +69,8 @@ def triplet_loss(
     miner: str = "semi_hard",
     key: Array | None = None,
     axis_name: AxisName = None,
+    tile: int | None = None,
+    memory: Memory | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Triplet loss with online mining: mean of max(d(A,P) - d(A,N) + α, 0) (Schroff et al. 2015, eq. 3).
 
@@ -78,6 +84,11 @@ def triplet_loss(
       miner: a name in `mining.MINERS`.
       key: JAX random key, the same on all devices; needed by `random` alone.
       axis_name: axis of shard_map or pmap to gather over; None for one device or a global array under jit.
+      tile: at how many candidates a device looks at a time. 0 makes the table of all b·B distances; None makes it where
+        it has at most `TABLE` of them, and takes slabs of a size that suits the processor elsewhere: value, metrics and
+        gradient are equal but for rounding, and memory is linear in B. Under jit on an array that is divided over a mesh
+        the slabs are divided over it likewise, by shard_map.
+      memory: embeddings of earlier batches, the same on all devices, as more negatives; they get no gradient.
 
     Returns:
       (loss, metrics). Metrics:
@@ -99,19 +110,44 @@ def triplet_loss(
         raise ValueError(f"miner is {miner!r}, which does not exist; try one of {', '.join(mining.MINERS)}.")
     if miner == "random" and key is None:
         raise ValueError("miner 'random' draws its triplets and needs a key; pass key=jax.random.key(seed).")
+    if tile is not None and tile < 0:
+        raise ValueError(f"tile is {tile}: it counts candidates; 0 for a table of all distances, None to choose.")
+    if axis_name is None and (mesh := _mesh_of(emb)) and _slabs_needed(len(emb) // mesh.size, len(emb), tile):
+        axes = tuple(mesh.axis_names)
+        loss = partial(triplet_loss, margin=margin, miner=miner, axis_name=axes, tile=tile)
+        call = lambda emb, identity, key, memory: loss(emb, identity, key=key, memory=memory)  # noqa: E731
+        divided, same = PartitionSpec(axes), PartitionSpec()
+        specs = (divided, divided, same, same)
+        return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=same)(emb, identity, key, memory)
     anchors, everyone, row, identities = _gather(emb, identity, axis_name)
-    layout = mining.layout_of(row, identities)
+    candidates = everyone
+    if memory is None:
+        layout = mining.layout_of(row, identities)
+    else:
+        layout = mining.layout_of(row, identities, memory.identity, memory.filled)
+        candidates = jnp.concatenate([everyone, lax.stop_gradient(memory.emb).astype(everyone.dtype)])
     # One margin an anchor: its cotangent is then as local to the device as that of the anchors.
     margins = mining.varying_zeros(layout, (), anchors.dtype) + jnp.asarray(margin, anchors.dtype)
+    slabs = _slabs_needed(len(anchors), len(candidates), tile)
     if miner in mining.REDUCERS:
-        distance = mining.squared_distances(anchors, everyone)
-        total, counted = mining.REDUCERS[miner](layout, distance, margins)
-        valid, d_ap, d_an = _all_valid(layout, lax.stop_gradient(distance))
-        in_mean = counted
+        if slabs:
+            total, counted = tiled.band_sum(
+                layout, anchors, candidates, margins, farther_only=miner == "semi_hard_all", tile=tile
+            )
+            d_ap, d_an = tiled.mean_distances(layout, *lax.stop_gradient((anchors, candidates)))
+        else:
+            distance = mining.squared_distances(anchors, candidates)
+            total, counted = mining.REDUCERS[miner](layout, distance, margins)
+            d_ap, d_an = _mean_distances(layout, lax.stop_gradient(distance))
+        valid, in_mean = layout.positives * layout.negatives, counted
+    elif miner == "semi_hard" and slabs:
+        total, counted, valid, d_ap, d_an = tiled.semi_hard(layout, anchors, candidates, margins, tile=tile)
+        in_mean = valid
     else:
-        fixed = lax.stop_gradient((anchors, everyone))
-        triplets = mining.INDEX_MINERS[miner](layout, *fixed, key)
-        total, counted, valid, d_ap, d_an = _listed(anchors, everyone, margins, triplets)
+        options = {"width": tile} if miner == "hardest" and tile else {}
+        fixed = lax.stop_gradient((anchors, candidates))
+        triplets = mining.INDEX_MINERS[miner](layout, *fixed, key, **options)
+        total, counted, valid, d_ap, d_an = _listed(anchors, candidates, margins, triplets)
         in_mean = valid
     dtype = anchors.dtype
     sums = [jnp.sum(x.astype(dtype)) for x in (total, in_mean, counted, valid)]
@@ -120,6 +156,20 @@ def triplet_loss(
     metrics = {"triplets": all_valid, "active": all_counted / jnp.maximum(all_valid, 1)}
     metrics |= _spread(lax.stop_gradient({"d_ap": d_ap, "d_an": d_an}), valid > 0, layout, axis_name)
     return loss, lax.stop_gradient(metrics)
+
+
+def _mesh_of(emb: Array) -> Any:
+    """The mesh of several devices over which jit knows an array to be divided, if their number divides its rows."""
+    mesh = jax.typeof(emb).sharding.mesh
+    if mesh.empty:
+        mesh = jax.sharding.get_abstract_mesh()
+    usable = not mesh.empty and mesh.size > 1 and len(emb) % mesh.size == 0
+    # Inside shard_map the axes are Manual: the array is this device's already.
+    return mesh if usable and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+
+
+def _slabs_needed(anchors: int, candidates: int, tile: int | None) -> bool:
+    return anchors * candidates > TABLE if tile is None else tile > 0
 
 
 def contrastive_loss(
@@ -292,13 +342,11 @@ def _listed_backward(residual, cotangent):
 _listed.defvjp(_listed_forward, _listed_backward)
 
 
-def _all_valid(layout: mining.Layout, distance: Array) -> tuple[Array, Array, Array]:
-    """Per anchor, [b] each, over all its valid triplets: how many, mean d(A,P), mean d(A,N)."""
-    different = layout.is_different()
-    positives, negatives = layout.photos - 1, layout.identity.shape[0] - layout.photos
-    d_ap = jnp.sum(jnp.where(different | layout.is_self(), 0, distance), 1) / jnp.maximum(positives, 1)
-    d_an = jnp.sum(jnp.where(different, distance, 0), 1) / jnp.maximum(negatives, 1)
-    return positives * negatives, d_ap, d_an
+def _mean_distances(layout: mining.Layout, distance: Array) -> tuple[Array, Array]:
+    """Per anchor, [b] each: mean d(A,P) and mean d(A,N) over all its positives and negatives."""
+    d_ap = jnp.sum(jnp.where(layout.is_positive(), distance, 0), 1) / jnp.maximum(layout.positives, 1)
+    d_an = jnp.sum(jnp.where(layout.is_different(), distance, 0), 1) / jnp.maximum(layout.negatives, 1)
+    return d_ap, d_an
 
 
 # --- The global batch
@@ -363,7 +411,7 @@ def _spread(values: dict[str, Array], has: Array, layout: mining.Layout, axis_na
     value = jnp.stack(list(values.values()))
     if axis_name is not None:
         # A sum over slots that are 0 elsewhere gathers exactly, and shard_map knows its result to be equal everywhere.
-        slots = jnp.zeros((len(value) + 1, layout.identity.shape[0]), value.dtype)
+        slots = jnp.zeros((len(value) + 1, len(layout.batch.order)), value.dtype)
         mine = jnp.concatenate([value, has[None].astype(value.dtype)])
         gathered = lax.psum(slots.at[:, layout.row].set(mine), axis_name)
         value, has = gathered[:-1], gathered[-1] > 0

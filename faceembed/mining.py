@@ -7,8 +7,9 @@ There are two kinds of miner. *Index miners* list triplets and are not different
 the distances of the listed triplets alone, so that its backward pass touches nothing else. *Reducers* sum over many
 triplets without listing them. `MINERS` names both. Ties between computed distances go to the lowest global index.
 
-Each function sees `b` anchors (those of this device) against the `B` photos of the global batch, and contains no
-collective, so that it means the same under jit, shard_map and pmap.
+Each function sees `b` anchors (those of this device) against `C` candidates: the `B` photos of the global batch, and
+after them the embeddings of a memory, if there is one, which serve as negatives only. It contains no collective, so that
+it means the same under jit, shard_map and pmap.
 
 References:
   Schroff et al. 2015, FaceNet, section 3.2 (semi-hard). Hermans et al. 2017, In Defense of the Triplet Loss, eqs. 5
@@ -27,52 +28,87 @@ BLOCK = 2**20
 """Distances that `hardest` looks at together: 4 MiB of float32."""
 
 
+class Group(NamedTuple):
+    """Candidates sorted by person, and where in them each anchor's person stands.
+
+    Attributes:
+      order: [m] int32 indices of candidates sorted by person, ties by index; those that do not count come last.
+      size: [] int32, how many count.
+      start: [b] int32, where the anchor's person starts in `order`.
+      photos: [b] int32, how many the anchor's person has.
+    """
+
+    order: Array
+    size: Array
+    start: Array
+    photos: Array
+
+    def other(self, r: Array) -> Array:
+        """[b] int32: the r-th candidate that is not of the anchor's person; r from 0, within what there is."""
+        return self.order[jnp.clip(r + jnp.where(r >= self.start, self.photos, 0), 0, len(self.order) - 1)]
+
+
 class Layout(NamedTuple):
-    """Who is where: the anchors of this device in the global batch.
+    """Who is where: the anchors of this device among the candidates.
 
     Attributes:
       row: [b] int32 global index of each anchor.
-      identity: [B] int person ids of the global batch.
-      order: [B] int32 global indices sorted by person, ties by index: the photos of a person stand together.
-      start: [b] int32, where the anchor's person starts in `order`.
-      photos: [b] int32, how many photos the anchor's person has, the anchor included.
+      identity: [C] int person ids of the candidates.
+      usable: [C] bool, False for what a memory does not hold yet; None: all of them are.
+      batch: the photos of the global batch by person.
+      memory: the same of the memory, with indices of candidates; None without one.
       rank: [b] int32, the anchor's place among the photos of its person, 0 to photos-1.
       rounds: [] int32, the most positives any anchor of the global batch has.
     """
 
     row: Array
     identity: Array
-    order: Array
-    start: Array
-    photos: Array
+    usable: Array | None
+    batch: Group
+    memory: Group | None
     rank: Array
     rounds: Array
 
     @property
+    def positives(self) -> Array:
+        """[b] int32: how many positives each anchor has."""
+        return self.batch.photos - 1
+
+    @property
+    def negatives(self) -> Array:
+        """[b] int32: how many negatives each anchor has."""
+        count = self.batch.size - self.batch.photos
+        return count if self.memory is None else count + self.memory.size - self.memory.photos
+
+    @property
     def valid(self) -> Array:
         """[b] bool: whether the anchor has a positive and a negative."""
-        return (self.photos > 1) & (self.photos < self.identity.shape[0])
+        return (self.positives > 0) & (self.negatives > 0)
 
     def positive(self, r: Array) -> Array:
         """[b] int32: the r-th positive of each anchor by global index, or -1 past the last."""
-        place = self.start + r + (r >= self.rank)
-        found = (r >= 0) & (r < self.photos - 1)
-        return jnp.where(found, self.order[jnp.where(found, place, 0)], -1)
+        place = self.batch.start + r + (r >= self.rank)
+        found = (r >= 0) & (r < self.positives)
+        return jnp.where(found, self.batch.order[jnp.where(found, place, 0)], -1)
 
     def negative(self, r: Array) -> Array:
-        """[b] int32: the r-th negative of each anchor in `order`, or -1 past the last."""
-        size = self.identity.shape[0]
-        found = (r >= 0) & (r < size - self.photos)
-        place = r + jnp.where(r >= self.start, self.photos, 0)
-        return jnp.where(found, self.order[jnp.where(found, place, 0)], -1)
+        """[b] int32: the r-th negative of each anchor by person, those of a memory last, or -1 past the last."""
+        index = self.batch.other(r)
+        if self.memory is not None:
+            before = self.batch.size - self.batch.photos
+            index = jnp.where(r < before, index, self.memory.other(r - before))
+        return jnp.where((r >= 0) & (r < self.negatives), index, -1)
 
     def is_different(self) -> Array:
-        """[b, B] bool: whether the photo shows another person than the anchor."""
-        return self.identity[self.row][:, None] != self.identity[None, :]
+        """[b, C] bool: whether the candidate shows another person than the anchor."""
+        different = self.identity[self.row][:, None] != self.identity[None, :]
+        return different if self.usable is None else different & self.usable[None, :]
 
-    def is_self(self) -> Array:
-        """[b, B] bool: whether the photo is the anchor itself."""
-        return self.row[:, None] == jnp.arange(self.identity.shape[0], dtype=self.row.dtype)[None, :]
+    def is_positive(self) -> Array:
+        """[b, C] bool: whether the candidate is another photo of the anchor's person, in the batch."""
+        column = jnp.arange(self.identity.shape[0], dtype=self.row.dtype)[None, :]
+        same = self.identity[self.row][:, None] == self.identity[None, :]
+        return same & (column != self.row[:, None]) & (column < len(self.batch.order))
 
 
 def varying_zeros(layout: Layout, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
@@ -95,8 +131,15 @@ class Triplets(NamedTuple):
     rounds: Array
 
 
-def layout_of(row: Array, identity: Array) -> Layout:
-    """Sorts the global batch by person, once; see `Layout` for the arguments."""
+def layout_of(row: Array, identity: Array, remembered: Array | None = None, filled: Array | None = None) -> Layout:
+    """Sorts the candidates by person, once.
+
+    Args:
+      row: [b] int32 global index of each anchor.
+      identity: [B] int person ids of the global batch.
+      remembered: [m] int person ids of a memory; None without one.
+      filled: [m] bool, which of them count.
+    """
     size = identity.shape[0]
     index = jnp.arange(size, dtype=jnp.int32)
     order = jnp.argsort(identity, stable=True).astype(jnp.int32)
@@ -107,15 +150,25 @@ def layout_of(row: Array, identity: Array) -> Layout:
     end = lax.cummin(jnp.where(last, index, size - 1), reverse=True)
     place = jnp.zeros(size, jnp.int32).at[order].set(index, unique_indices=True)
     photos = (end - start + 1)[place]
-    return Layout(
-        row=row,
-        identity=identity,
-        order=order,
-        start=start[place][row],
-        photos=photos[row],
-        rank=(place - start[place])[row],
-        rounds=jnp.max(photos) - 1,
-    )
+    batch = Group(order, jnp.full((), size, jnp.int32), start[place][row], photos[row])
+    usable, memory, rounds = None, None, jnp.max(photos) - 1
+    rank = (place - start[place])[row]
+    if remembered is not None and filled is not None:
+        memory = _group_of(identity[row], remembered.astype(identity.dtype), filled, offset=size)
+        identity = jnp.concatenate([identity, remembered.astype(identity.dtype)])
+        usable = jnp.concatenate([jnp.ones(size, bool), filled])
+    return Layout(row, identity, usable, batch, memory, rank, rounds)
+
+
+def _group_of(person: Array, identity: Array, counts: Array, offset: int) -> Group:
+    """Those of [m] candidates that count, sorted by person, and where each of the anchors' persons [b] stands."""
+    order = jnp.lexsort((identity, ~counts)).astype(jnp.int32)
+    size = jnp.sum(counts, dtype=jnp.int32)
+    # What does not count may have any id: behind the last that does, the largest keeps the list sorted.
+    ranked = jnp.where(jnp.arange(len(order)) < size, identity[order], jnp.iinfo(identity.dtype).max)
+    start = jnp.minimum(jnp.searchsorted(ranked, person, side="left").astype(jnp.int32), size)
+    end = jnp.minimum(jnp.searchsorted(ranked, person, side="right").astype(jnp.int32), size)
+    return Group(order + offset, size, start, end - start)
 
 
 def squared_distances(rows: Array, columns: Array) -> Array:
@@ -152,17 +205,19 @@ def random(layout: Layout, anchors: Array, everyone: Array, key: Array) -> Tripl
     def draw(row: Array, choices: Array) -> Array:
         return jax.random.randint(jax.random.fold_in(key, row), (2,), 0, jnp.maximum(choices, 1), jnp.int32)
 
-    choices = jnp.stack([layout.photos - 1, layout.identity.shape[0] - layout.photos], 1)
+    choices = jnp.stack([layout.positives, layout.negatives], 1)
     place = jax.vmap(draw)(layout.row, choices)
     return _one_round(layout, layout.positive(place[:, 0]), layout.negative(place[:, 1]))
 
 
-def hardest(layout: Layout, anchors: Array, everyone: Array, key: Array | None = None) -> Triplets:
+def hardest(
+    layout: Layout, anchors: Array, everyone: Array, key: Array | None = None, width: int | None = None
+) -> Triplets:
     """Batch hard: the farthest positive and the closest negative of each anchor (Hermans et al. 2017, eq. 5)."""
     size = everyone.shape[0]
-    # The distances are met a block of columns at a time, while they are in cache: 5 times as fast as going through
-    # memory at B=4096 on two cores.
-    width = min(size, max(1, BLOCK // anchors.shape[0]))
+    # The distances are met `width` columns at a time, while they are in cache: 5 times as fast as going through memory
+    # at B=4096 on two cores.
+    width = min(size, width or max(1, BLOCK // anchors.shape[0]))
     person = layout.identity[layout.row]
 
     def improve(i: Array, best: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
@@ -172,7 +227,11 @@ def hardest(layout: Layout, anchors: Array, everyone: Array, key: Array | None =
         column = first + jnp.arange(width, dtype=jnp.int32)
         distance = squared_distances(anchors, lax.dynamic_slice_in_dim(everyone, first, width))
         different = person[:, None] != lax.dynamic_slice_in_dim(layout.identity, first, width)[None, :]
-        of_same = jnp.where(different | (layout.row[:, None] == column), -jnp.inf, distance)
+        no_positive = different | (layout.row[:, None] == column)
+        if layout.usable is not None:
+            no_positive |= column >= len(layout.batch.order)
+            different &= lax.dynamic_slice_in_dim(layout.usable, first, width)[None, :]
+        of_same = jnp.where(no_positive, -jnp.inf, distance)
         of_other = jnp.where(different, distance, jnp.inf)
         farthest, closest = jnp.max(of_same, 1), jnp.min(of_other, 1)
         farther, closer = farthest > far, closest < near
@@ -215,7 +274,7 @@ def semi_hard(layout: Layout, anchors: Array, everyone: Array, key: Array | None
         chosen = layout.valid & (p >= 0)
         return listed[0].at[r].set(jnp.where(chosen, p, -1)), listed[1].at[r].set(jnp.where(chosen, n, -1))
 
-    shape = (max(1, layout.identity.shape[0] - 1), layout.row.shape[0])
+    shape = (max(1, len(layout.batch.order) - 1), layout.row.shape[0])
     empty = jnp.swapaxes(varying_zeros(layout, shape[:1], jnp.int32), 0, 1)
     positive, negative_index = lax.fori_loop(0, layout.rounds, fill, (empty, empty))
     return Triplets(positive, negative_index, layout.rounds)
@@ -226,7 +285,7 @@ def all_triplets(layout: Layout, distance: Array, margin: Array) -> tuple[Array,
 
     Args:
       layout: who is where.
-      distance: [b, B] squared distances.
+      distance: [b, C] squared distances.
       margin: [b] α, one an anchor.
 
     Returns:
@@ -261,7 +320,7 @@ _band_sum.defvjp(_band_sum_forward, _band_sum_backward)
 
 
 def _scan_band(layout, distance, margin, farther_only):
-    """The sums, and [b, B] d(total)/d(distance): how often each photo counts as a positive, less as a negative."""
+    """The sums, and [b, C] d(total)/d(distance): how often each photo counts as a positive, less as a negative."""
     different = layout.is_different()
     anchor = jnp.arange(layout.row.shape[0])
 
