@@ -218,8 +218,22 @@ class Triplet:
     """Which are used in the last part of the training, such as hardest after semi_hard; None: the same to the end."""
     last_share: float = 0.25
     """How much of the training that last part is, as a share of its steps."""
+    tile: int | None = None
+    """Candidates that a device looks at together: memory grows with the batch, not with its square. None chooses; 0 makes a
+    table of all distances. The loss is the same but for rounding."""
+    memory: int = 0
+    """Embeddings of earlier batches that are kept as more negatives (Wang et al. 2020); 0 for none."""
+    memory_after: int = 0
+    """Updates before they are used: at first an encoder changes too fast for its old embeddings to mean much."""
 
     def __post_init__(self) -> None:
+        if self.tile is not None and self.tile < 0:
+            raise ValueError(
+                f"loss.tile is {self.tile}: it counts candidates. Try --loss.tile None, which chooses, or --loss.tile 256."
+            )
+        for name, usual in (("memory", "--loss.memory 4096"), ("memory_after", "--loss.memory-after 1000")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}: it counts from 0. Try {usual}.")
         if not 0 < self.last_share < 1:
             raise ValueError(
                 f"loss.last_share is {self.last_share}: it is a share of the steps, 0 < share < 1. "

@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
 
 
 def sizes(anchors: int, candidates: int, tile: int | None = None) -> Sizes:
-    """Rows and candidates of a slab: on a CPU 256 KiB of float32, which stay in a core's cache; on a GPU 64 MiB.
+    """Rows and candidates of a slab: on a CPU half a MiB of float32, which stays in a core's cache; on a GPU 64 MiB.
 
     Args:
       anchors: b.
@@ -58,7 +58,7 @@ def sizes(anchors: int, candidates: int, tile: int | None = None) -> Sizes:
     if tile is None:
         tile = 256 if on_cpu else 4096
     tile = min(tile, candidates)
-    rows = max(1, (2**16 if on_cpu else 2**24) // tile)
+    rows = max(1, (2**17 if on_cpu else 2**24) // tile)
     return Sizes(min(rows, anchors), tile)
 
 

@@ -127,8 +127,9 @@ def train(
         )  # fmt: skip
         dtype = jnp.float64 if experiment.precision == "float64" else jnp.float32
         state = steps.init_state(
-            encoder, optimizer, seed=experiment.seed, size=pre.size, loss_params=loss_params, dtype=dtype
-        )
+            encoder, optimizer, seed=experiment.seed, size=pre.size, loss_params=loss_params, dtype=dtype,
+            memory=make_memory(experiment, dtype),
+        )  # fmt: skip
         shardings = meshes.state_sharding(mesh, state, shard_optimizer=shard_optimizer)
         state = jax.device_put(state, shardings)
         update = steps.make_train_step(
@@ -333,20 +334,30 @@ def make_loss(experiment: config.Experiment) -> tuple[steps.LossFn, Any]:
             ), losses.init_pair_logistic(experiment.encoder.dim)
 
 
+def make_memory(experiment: config.Experiment, dtype: Any = jnp.float32) -> losses.Memory | None:
+    """The empty memory of an experiment's loss; None where it has none."""
+    loss = experiment.loss
+    if not isinstance(loss, config.Triplet) or not loss.memory:
+        return None
+    return losses.init_memory(loss.memory, experiment.encoder.dim, dtype)
+
+
 def _triplet(loss: config.Triplet, *, total: int, log: int) -> steps.LossFn:
     last_part = total - round(loss.last_share * total)
 
     def triplet(emb: jax.Array, identity: jax.Array, _: Any, memory: Any, key: jax.Array, step: jax.Array, axis: Any):
+        if memory is not None:
+            memory = memory._replace(filled=memory.filled & (step >= loss.memory_after))
+        options: dict[str, Any] = {"margin": loss.margin, "axis_name": axis, "tile": loss.tile, "memory": memory}
+
         def mined(miner: str) -> Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-            return lambda emb: losses.triplet_loss(
-                emb, identity, margin=loss.margin, miner=miner, key=key, axis_name=axis
-            )
+            return lambda emb: losses.triplet_loss(emb, identity, miner=miner, key=key, **options)
 
         if loss.last_miner in (None, loss.miner):
             value, measured = mined(loss.miner)(emb)
         else:
             value, measured = jax.lax.cond(step < last_part, mined(loss.miner), mined(loss.last_miner), emb)
-        share = lambda emb: diagnostics.active_by_miner(emb, identity, margin=loss.margin, axis_name=axis)  # noqa: E731
+        share = lambda emb: diagnostics.active_by_miner(emb, identity, **options)  # noqa: E731
         shares = jax.eval_shape(share, emb)
         unknown = lambda emb: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shares)  # noqa: E731
         # Three miners cost more than one: only for the update whose row is logged.
