@@ -33,6 +33,22 @@ CHUNK = 2**21
 AxisName = str | tuple[str, ...] | None
 
 
+class Gathered(NamedTuple):
+    """A batch as the device sees it that mines its own part.
+
+    Attributes:
+      anchors: [b, d] float32 or float64 embeddings of this device.
+      everyone: [B, d], those of all devices.
+      row: [b] int32 global index of the anchors.
+      identity: [B] int person ids of everyone.
+    """
+
+    anchors: Array
+    everyone: Array
+    row: Array
+    identity: Array
+
+
 class Memory(NamedTuple):
     """Embeddings of recent batches, newest first, the same on every device (Wang et al. 2020, Cross-Batch Memory).
 
@@ -119,7 +135,27 @@ def triplet_loss(
         divided, same = PartitionSpec(axes), PartitionSpec()
         specs = (divided, divided, same, same)
         return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=same)(emb, identity, key, memory)
-    anchors, everyone, row, identities = _gather(emb, identity, axis_name)
+    batch = gather(emb, identity, axis_name)
+    return gathered_triplet_loss(
+        batch, margin=margin, miner=miner, key=key, axis_name=axis_name, tile=tile, memory=memory
+    )
+
+
+def gathered_triplet_loss(
+    batch: Gathered,
+    *,
+    margin: float | Array,
+    miner: str,
+    key: Array | None = None,
+    axis_name: AxisName = None,
+    tile: int | None = None,
+    memory: Memory | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """`triplet_loss` of a batch that is gathered already: for those who mine one batch in several ways.
+
+    Args: as for `triplet_loss`, with `batch` from `gather`.
+    """
+    anchors, everyone, row, identities = batch
     candidates = everyone
     if memory is None:
         layout = mining.layout_of(row, identities)
@@ -196,7 +232,7 @@ def contrastive_loss(
       ValueError: shapes, dtypes or margin do not fit.
     """
     _check(emb, identity, margin)
-    anchors, everyone, row, identities = _gather(emb, identity, axis_name)
+    anchors, everyone, row, identities = gather(emb, identity, axis_name)
     distance = mining.squared_distances(anchors, everyone)
     genuine, impostor = _kinds(row, identities)
     # "Not at 0" rather than "above": NaN must reach the loss.
@@ -254,7 +290,7 @@ def pair_logistic_loss(
             f"params has {found}, but embeddings of {emb.shape[1]} numbers need {expected}; "
             f"make them with init_pair_logistic({emb.shape[1]})."
         )
-    anchors, everyone, row, identities = _gather(emb, identity, axis_name)
+    anchors, everyone, row, identities = gather(emb, identity, axis_name)
     weights, bias = params["weights"].astype(anchors.dtype), params["bias"].astype(anchors.dtype)
 
     @jax.checkpoint
@@ -364,14 +400,14 @@ def _check(emb: Array, identity: Array, margin: float | Array) -> None:
         raise ValueError(f"margin is {margin}; a negative margin rewards a mistake. Pass a margin ≥ 0, such as 0.2.")
 
 
-def _gather(emb: Array, identity: Array, axis_name: AxisName) -> tuple[Array, Array, Array, Array]:
-    """([b, d] anchors, [B, d] everyone, [b] int32 global index of the anchors, [B] identities)."""
+def gather(emb: Array, identity: Array, axis_name: AxisName) -> Gathered:
+    """The embeddings [b, d] and ids [b] of this device, and those of all devices of an axis; see `triplet_loss`."""
     emb = emb.astype(jnp.promote_types(emb.dtype, jnp.float32))
     row = jnp.arange(emb.shape[0], dtype=jnp.int32)
     if axis_name is None:
-        return emb, emb, row, identity
+        return Gathered(emb, emb, row, identity)
     row += lax.axis_index(axis_name) * emb.shape[0]
-    return (
+    return Gathered(
         emb,
         lax.all_gather(emb, axis_name, tiled=True),
         row,

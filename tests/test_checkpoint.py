@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from faceembed import checkpoint, config, embed, report
+from faceembed import checkpoint, config, embed, losses, report
 from faceembed.training import step as steps
 
 ROOT = Path(__file__).parents[1]
@@ -52,8 +52,9 @@ def fresh():
     optimizer = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(lambda count: 0.1 / (1 + count)))
     loss_params = {"weight": jnp.ones(8), "bias": jnp.zeros(())}
     state = steps.init_state(
-        embed.build_encoder(TINY), optimizer, seed=3, size=16, loss_params=loss_params, dtype=jnp.float32
-    )
+        embed.build_encoder(TINY), optimizer, seed=3, size=16, loss_params=loss_params, dtype=jnp.float32,
+        memory=losses.remember(losses.init_memory(5, 8), jnp.ones((3, 8)), jnp.arange(3)),
+    )  # fmt: skip
     draw = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: jnp.asarray(draw.normal(size=x.shape), x.dtype) if x.dtype == jnp.float32 else x, state

@@ -64,7 +64,7 @@ def test_norms_by_group_of_layers():
 def test_active_shares_by_miner_on_a_batch_done_by_hand():
     # On a line: person 0 at 0 and 1, person 1 at 1.5 and 4.5; squared distances, margin 1.
     emb, identity = jnp.array([[0.0], [1.0], [1.5], [4.5]]), jnp.array([0, 0, 1, 1])
-    shares = diagnostics.active_by_miner(emb, identity, margin=1.0, axis_name=None)
+    shares = diagnostics.active_by_miner(losses.gather(emb, identity, None), margin=1.0)
     # Anchor 0: d(A,P) 1, negatives 2.25 and 20.25: none active. Anchor 1: 1; 0.25 active, 12.25 not; semi-hard takes
     # 12.25. Anchor 2: 9; 2.25 and 0.25 active; nothing is farther than 9, so semi-hard takes 2.25, active. Anchor 3: 9;
     # 20.25 and 12.25: none.
@@ -85,7 +85,7 @@ def test_other_miners_are_measured_for_the_logged_update_alone_and_change_no_gra
 
     (value, quiet), by_emb = at(jnp.int32(3))
     (logged_value, logged), logged_by_emb = at(jnp.int32(4))
-    expected = diagnostics.active_by_miner(emb, identity, margin=0.3, axis_name=None)
+    expected = diagnostics.active_by_miner(losses.gather(emb, identity, None), margin=0.3)
     assert all(np.isnan(quiet[name]) for name in expected)
     assert {name: float(logged[name]) for name in expected} == pytest.approx({n: float(x) for n, x in expected.items()})
     assert 0 < float(value) == float(logged_value)

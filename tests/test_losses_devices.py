@@ -8,21 +8,39 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from faceembed import mining
+from faceembed import losses, mining
 from faceembed.losses import contrastive_loss, pair_logistic_loss, triplet_loss
 
 B, D = 16, 3
-NAMES = (*mining.MINERS, "contrastive", "logistic")
+TILES = {
+    **dict.fromkeys(mining.MINERS, 0),
+    "all, slabs of 6": 6,
+    "semi_hard_all, slabs of 3": 3,
+    "semi_hard, slabs of 5": 5,
+}
+NAMES = (*TILES, "contrastive", "logistic")
+MEMORY = 6
 FAST = {"xla_backend_optimization_level": 0}
 """Halves the time to compile; what is tested here is which numbers meet, not how fast."""
 
 
 def all_losses(embs, margins, params, ids, key, axis_name=None):
     """{loss: (value, metrics)}; each loss has its own copy of the embeddings and margin, hence its own gradient."""
-    out = {
-        miner: triplet_loss(embs[miner], ids, margin=margins[miner], miner=miner, key=key, axis_name=axis_name)
-        for miner in mining.MINERS
-    }
+    rng = np.random.default_rng(9)
+    remembered = losses.Memory(
+        rng.integers(0, 2, (MEMORY, D)) * 1.0, np.arange(MEMORY) * 1009 - 2000, np.arange(MEMORY) < 4
+    )
+    out = {}
+    for name, tile in TILES.items():
+        options = {
+            "margin": margins[name],
+            "miner": name.split(",")[0],
+            "key": key,
+            "axis_name": axis_name,
+            "tile": tile,
+        }
+        # One with a memory, and without.
+        out[name] = triplet_loss(embs[name], ids, memory=remembered if "semi" in name else None, **options)
     out["contrastive"] = contrastive_loss(embs["contrastive"], ids, margin=margins["contrastive"], axis_name=axis_name)
     out["logistic"] = pair_logistic_loss(embs["logistic"], ids, params, axis_name=axis_name)
     return out

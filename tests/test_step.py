@@ -1,5 +1,7 @@
 """One update: the same on any number of devices, compiled once, donated, and never poisoned."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,10 @@ def build(experiment, devices, views=None, loss=None, shard_optimizer=False):
         weight_decay=schedule.weight_decay, clip_norm=schedule.clip_norm,
     )  # fmt: skip
     dtype = jnp.float64 if experiment.precision == "float64" else jnp.float32
-    state = steps.init_state(encoder, optimizer, seed=3, size=SIZE, loss_params=loss_params, dtype=dtype)
+    state = steps.init_state(
+        encoder, optimizer, seed=3, size=SIZE, loss_params=loss_params, dtype=dtype,
+        memory=loop.make_memory(experiment, dtype),
+    )  # fmt: skip
     shardings = meshes.state_sharding(mesh, state, shard_optimizer=shard_optimizer)
     state = jax.device_put(state, shardings)
     update = steps.make_train_step(
@@ -88,7 +93,9 @@ def test_eight_devices_take_the_steps_of_one_float32(loss):
 @pytest.mark.parametrize("devices", [2, 8])
 def test_more_devices_take_the_steps_of_one_float64(devices):
     with jax.enable_x64(True):
-        experiment = replace(TINY, precision="float64")
+        # In slabs, and with what was seen in earlier batches among the negatives.
+        loss = replace(TINY.loss, memory=40, memory_after=2, tile=8)
+        experiment = replace(TINY, precision="float64", loss=loss)
         one, one_state = trajectory(experiment, 1)
         many, many_state = trajectory(experiment, devices)
     assert jax.tree.leaves(one_state.params)[0].dtype == np.float64
@@ -97,6 +104,27 @@ def test_more_devices_take_the_steps_of_one_float64(devices):
             np.testing.assert_allclose(row[name], other[name], rtol=0, atol=1e-9, err_msg=name)
     for part in ("params", "batch_stats", "ema", "opt_state"):
         assert relative(getattr(many_state, part), getattr(one_state, part)) < 1e-9
+    # B=24: the last batch whole, and of the one before the first 16.
+    *_, before, last = (batch["identity"] for batch in batches())
+    assert many_state.memory.identity.tolist() == [*last, *before[:16]]
+    np.testing.assert_allclose(many_state.memory.emb, one_state.memory.emb, atol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(many_state.memory.emb, axis=1), 1, atol=1e-6)
+    # More negatives from the update on that may use them.
+    triplets = [row["triplets"] for row in one]
+    with jax.enable_x64(True):
+        without, _ = trajectory(replace(experiment, loss=replace(loss, memory=0)), 1)
+    assert [row["loss"] for row in without[:2]] == [row["loss"] for row in one[:2]]
+    assert without[2]["loss"] != one[2]["loss"]
+    assert min(triplets) > 0
+
+
+def test_an_update_gathers_embeddings_and_ids_once_however_many_miners_look_at_them():
+    experiment = replace(TINY, loss=config.Triplet(miner="semi_hard", last_miner="all", tile=8))
+    mesh, state, update = build(experiment, 8)
+    text = update.lower(state, next(meshes.to_devices(batches(1), mesh))).compile().as_text()
+    sent = re.findall(r"= \w+\[([\d,]*)\]\S* (all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
+    dim = experiment.encoder.dim
+    assert sorted(sent) == [("24", "all-gather"), (f"24,{dim}", "all-gather"), (f"3,{dim}", "reduce-scatter")]
 
 
 def test_a_divided_optimizer_takes_the_same_steps_with_an_eighth_of_the_memory():

@@ -20,6 +20,7 @@ from faceembed import report
 
 BENCHMARKS = (
     "loss",
+    "tiled",
     "encoders",
     "layers",
     "step",

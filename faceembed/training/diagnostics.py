@@ -65,14 +65,14 @@ def group_norms(grads: Mapping[str, Any]) -> dict[str, Array]:
     return {f"grad_norm/{name}": optax.tree.norm(parts) for name, parts in groups.items()}
 
 
-def active_by_miner(emb: Array, identity: Array, **options: Any) -> dict[str, Array]:
+def active_by_miner(batch: losses.Gathered, **options: Any) -> dict[str, Array]:
     """The share of active triplets that each kind of mining would find in this batch, {"active_MINER": []}.
 
     Where `semi_hard` finds none, `active_hardest` says whether a harder miner still would; `active_all` is the share
-    of all triplets. Arguments and options as in `losses.triplet_loss`.
+    of all triplets. Arguments as in `losses.gathered_triplet_loss`.
     """
     return {
-        f"active_{miner}": losses.triplet_loss(emb, identity, miner=miner, **options)[1]["active"]
+        f"active_{miner}": losses.gathered_triplet_loss(batch, miner=miner, **options)[1]["active"]
         for miner in ("hardest", "semi_hard", "all")
     }
 

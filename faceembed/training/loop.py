@@ -350,18 +350,21 @@ def _triplet(loss: config.Triplet, *, total: int, log: int) -> steps.LossFn:
             memory = memory._replace(filled=memory.filled & (step >= loss.memory_after))
         options: dict[str, Any] = {"margin": loss.margin, "axis_name": axis, "tile": loss.tile, "memory": memory}
 
-        def mined(miner: str) -> Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-            return lambda emb: losses.triplet_loss(emb, identity, miner=miner, key=key, **options)
+        # Once for all that mine: what follows differs in what it does with the same embeddings.
+        batch = losses.gather(emb, identity, axis)
+
+        def mined(miner: str) -> Callable[[losses.Gathered], tuple[jax.Array, dict[str, jax.Array]]]:
+            return lambda batch: losses.gathered_triplet_loss(batch, miner=miner, key=key, **options)
 
         if loss.last_miner in (None, loss.miner):
-            value, measured = mined(loss.miner)(emb)
+            value, measured = mined(loss.miner)(batch)
         else:
-            value, measured = jax.lax.cond(step < last_part, mined(loss.miner), mined(loss.last_miner), emb)
-        share = lambda emb: diagnostics.active_by_miner(emb, identity, **options)  # noqa: E731
-        shares = jax.eval_shape(share, emb)
-        unknown = lambda emb: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shares)  # noqa: E731
+            value, measured = jax.lax.cond(step < last_part, mined(loss.miner), mined(loss.last_miner), batch)
+        share = lambda batch: diagnostics.active_by_miner(batch, **options)  # noqa: E731
+        shares = jax.eval_shape(share, batch)
+        unknown = lambda batch: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shares)  # noqa: E731
         # Three miners cost more than one: only for the update whose row is logged.
-        return value, {**measured, **jax.lax.cond((step + 1) % log == 0, share, unknown, jax.lax.stop_gradient(emb))}
+        return value, {**measured, **jax.lax.cond((step + 1) % log == 0, share, unknown, jax.lax.stop_gradient(batch))}
 
     return triplet
 
