@@ -1,5 +1,6 @@
 """The P×K plan against the promises in its module's docstring."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -134,6 +135,97 @@ def test_a_step_is_a_function_of_seed_and_step():
     assert all(company[0] != other for other in company[1:])
     # Written down once: the same on every machine and version, or resuming breaks.
     assert forwards.batch(1000)[:8].tolist() == [22, 19, 89, 44, 45, 194, 130, 86]
+
+
+def long_tail(people, most):
+    """[people] photos of each, 1 to `most`, half of them 1; of integers alone, so the same everywhere."""
+    rank = (np.arange(people) * 7919 + 13) % 1000
+    return 1 + rank**3 * (most - 1) // 999**3
+
+
+def in_turns(counts):
+    """Identities with so many photos each, scattered evenly."""
+    identity = np.repeat(np.arange(len(counts)), counts)
+    return identity[np.arange(len(identity)) * 1_000_003 % len(identity)]
+
+
+GOLDEN = {
+    "a long tail": (
+        in_turns(long_tail(1000, 20)).astype(np.int32),
+        {"people": 16, "photos": 4, "seed": 0},
+        "f77a62834e43337b",
+    ),
+    "ids with gaps, some negative": (
+        in_turns(long_tail(1000, 20)) * 37 - 9999,
+        {"people": 16, "photos": 4, "seed": 1},
+        "80168e3a413de84e",
+    ),
+    "sorted by person": (
+        np.sort(in_turns(long_tail(1000, 20))).astype(np.int32),
+        {"people": 16, "photos": 4, "seed": 2},
+        "cdd3213b98e10dcc",
+    ),
+    "sorted the other way": (
+        np.sort(in_turns(long_tail(1000, 20)))[::-1].astype(np.uint16),
+        {"people": 16, "photos": 4, "seed": 2},
+        "53cc23f14c02e0f6",
+    ),
+    "a few people with thousands": (
+        in_turns(long_tail(50, 5000)),
+        {"people": 8, "photos": 4, "seed": 3},
+        "12d8537e6013c79f",
+    ),
+    "no singletons": (
+        in_turns(long_tail(1000, 9) + 1),
+        {"people": 16, "photos": 4, "seed": 4},
+        "0f687b8754524ac0",
+    ),
+    "singletons left out": (
+        in_turns(long_tail(1000, 9)),
+        {"people": 16, "photos": 4, "seed": 5, "singletons": 0.0},
+        "1aa948de2e143271",
+    ),
+    "singletons everywhere": (
+        in_turns(long_tail(1000, 3)),
+        {"people": 8, "photos": 4, "seed": 6, "singletons": 0.9},
+        "06121a872ac6a244",
+    ),
+    "more photos than anybody has": (
+        in_turns(long_tail(1000, 5)),
+        {"people": 12, "photos": 9, "seed": 7},
+        "1aba5feb01718850",
+    ),
+    "everybody in every batch": (
+        in_turns([4] * 3 + [1] * 9),
+        {"people": 4, "photos": 4, "seed": 8, "singletons": 0.3},
+        "df9c1d2a3114729b",
+    ),
+    "two batches an epoch": (
+        in_turns([3] * 7 + [5] * 6 + [1] * 4),
+        {"people": 6, "photos": 5, "seed": 9},
+        "5c5b79f699b8ddef",
+    ),
+    "three batches an epoch": (
+        in_turns([3] * 17 + [7] * 6 + [1] * 4),
+        {"people": 8, "photos": 4, "seed": 2**31 - 1},
+        "2c100c67f4dbf702",
+    ),
+    "a large batch": (
+        in_turns(long_tail(20_000, 40)).astype(np.int32),
+        {"people": 512, "photos": 8, "seed": 10},
+        "843556e3dd79f4f1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("identity", "options", "digest"), GOLDEN.values(), ids=GOLDEN)
+def test_the_sequence_of_batches_never_changes(identity, options, digest):
+    """Written down once: a run that is resumed under another version goes on with the batches that it would have had."""
+    sampler = sampling.make_sampler(identity, **options)
+    far = 10**12 // sampler.epoch_steps * sampler.epoch_steps
+    steps = [*range(120), *(far + step for step in (-1, 0, 1)), 10**15 + 7]
+    found = hashlib.sha256(np.concatenate([sampler.batch(step) for step in steps]).astype("<i4").tobytes())
+    assert found.hexdigest()[:16] == digest
 
 
 def test_all_pairs_of_a_persons_photos_meet():
