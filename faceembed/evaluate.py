@@ -34,8 +34,8 @@ def split_photos(photos: sources.Photos) -> dict[str, sources.Photos]:
     Raises:
       ValueError: if a part has nobody, or too few people with two photos to make a genuine and an impostor pair.
     """
-    part = splits.split_of(photos.people)[photos.identity]
-    parts = {name: sources.select(photos, part == name) for name in splits.SHARES}
+    part = splits.split_of(photos.people)
+    parts = {name: sources.select(photos, (part == name)[photos.identity]) for name in splits.SHARES}
     for name, chosen in parts.items():
         several = int((np.bincount(chosen.identity) > 1).sum())
         if several < 2:

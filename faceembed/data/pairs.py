@@ -231,8 +231,9 @@ def resolve(pairs: Pairs, photos: Photos) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: naming keys that `photos` does not have, or a pair whose `same` contradicts the photos' people.
     """
-    place = {str(key): index for index, key in enumerate(photos.keys)}
-    missing = sorted({str(key) for key in (*pairs.key_a, *pairs.key_b)} - place.keys())
+    wanted = {*pairs.key_a.tolist(), *pairs.key_b.tolist()}
+    place = sources.located(wanted, photos)
+    missing = sorted(wanted - place.keys())
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise ValueError(
@@ -273,7 +274,7 @@ def heldout(photos: Photos, split: str, *, seed: int = 0, n: int = 4000, cap: in
     begin = np.searchsorted(photos.identity, people)
     count = np.searchsorted(photos.identity, people, side="right") - begin
     code = _codes(photos.people[people])
-    genuine = _genuine_in_turn(begin, count, code, seed=seed, cap=cap)[: n // 2]
+    genuine = _genuine_in_turn(begin, count, code, seed=seed, cap=cap, most=n // 2)
 
     # A few rounds beyond what is needed find the last unused pairs of a small set.
     impostor: dict[tuple[int, int], None] = {}
@@ -284,6 +285,8 @@ def heldout(photos: Photos, split: str, *, seed: int = 0, n: int = 4000, cap: in
         half = len(around) // 2
         for a, b in zip(photo[around[:half]], photo[around[half : 2 * half]], strict=True):
             impostor[int(min(a, b)), int(max(a, b))] = None
+        if len(impostor) >= len(genuine):
+            break
 
     number = min(len(genuine), len(impostor))
     if not number:
@@ -303,18 +306,22 @@ def _codes(names: np.ndarray) -> np.ndarray:
 
 
 def _genuine_in_turn(
-    begin: np.ndarray, count: np.ndarray, code: np.ndarray, *, seed: int, cap: int
+    begin: np.ndarray, count: np.ndarray, code: np.ndarray, *, seed: int, cap: int, most: int
 ) -> list[tuple[int, int]]:
-    """Everybody's first genuine pair, then everybody's second, up to `cap`; each person's own are drawn."""
+    """Everybody's first genuine pair, then everybody's second, up to `cap` and `most` in all; each person's are drawn."""
+    place = sampling.draw(seed, 11, code)
+    several = np.flatnonzero(count > 1)
+    # Who is not among the first `most` of the first turn gives none: a person's pairs are many, and not listed in vain.
+    several = several[np.argsort(place[several], kind="stable")[:most]]
     turns: list[tuple[int, int, int, int]] = []  # (turn, order within it, photo, photo)
-    for person in np.flatnonzero(count > 1):
+    for person in several:
         i, j = np.triu_indices(count[person], 1)
         pick = np.argsort(sampling.draw(seed, 10, code[person], i, j), kind="stable")[:cap]
-        order = int(sampling.draw(seed, 11, code[person : person + 1])[0])
+        order = int(place[person])
         turns += [
             (turn, order, int(begin[person] + i[pair]), int(begin[person] + j[pair])) for turn, pair in enumerate(pick)
         ]
-    return [(a, b) for _, _, a, b in sorted(turns)]
+    return [(a, b) for _, _, a, b in sorted(turns)[:most]]
 
 
 PARTNERS = 32
@@ -349,7 +356,7 @@ def hard_pairs(photos: Photos, embedding: np.ndarray, *, seed: int = 0, n: int =
     begin = np.searchsorted(photos.identity, people)
     count = np.bincount(photos.identity, minlength=len(people))
     code = _codes(photos.people)
-    genuine = _genuine_in_turn(begin, count, code, seed=seed, cap=cap)[: n // 2]
+    genuine = _genuine_in_turn(begin, count, code, seed=seed, cap=cap, most=n // 2)
 
     length = np.linalg.norm(emb, axis=1, keepdims=True)
     if not np.isfinite(emb).all() or not length.all():

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ UNFRAMED = ("folder:", "csv:")
 
 CARD, JOURNAL = "align.json", "align.jsonl"
 """In a folder that `launch.py align` wrote: its settings and counts; what was found in each photo."""
+
+_CHUNK = 2**16
+"""Keys handled at once: Python's strings take several times the memory of an array's."""
 
 _ONE_PHOTO = "one photo: kept, serves as a negative"
 
@@ -139,16 +142,18 @@ def select(photos: Photos, chosen: np.ndarray) -> Photos:
         raise ValueError(
             f"chosen is {chosen.dtype} {chosen.shape}: expected bool [{len(photos)}], or ascending numbers of these photos."
         )
-    people, identity = np.unique(photos.identity[kept], return_inverse=True)
-    read = photos.read
-    names = photos.people[people]
+    owner = photos.identity[kept]
+    present = np.zeros(len(photos.people), bool)
+    present[owner] = True
+    number = np.cumsum(present, dtype=np.int32) - np.int32(1)
+    read, keys, names = photos.read, photos.keys[kept], photos.people[present]
     return dataclasses.replace(
         photos,
-        keys=photos.keys[kept],
-        identity=identity.astype(np.int32),
+        keys=keys,
+        identity=number[owner],
         people=names,
         read=lambda index: read(int(kept[index])),
-        fingerprint=fingerprint_of(photos.keys[kept], names, photos.fingerprint),
+        fingerprint=fingerprint_of(keys, names, photos.fingerprint),
     )
 
 
@@ -170,13 +175,25 @@ def read_keys(path: Path | str) -> list[str]:
         raise ValueError(f"{path} does not read as text ({error}): expected a photo's key a line.") from error
 
 
+def located(keys: Iterable[str], photos: Photos) -> dict[str, int]:
+    """key → the photo's number, of those keys that the photos have."""
+    wanted = set(keys)
+    found: dict[str, int] = {}
+    # They are looked for in the photos' and not the other way: a dictionary of ten million keys takes 1.3 GB.
+    for start in range(0, len(photos) if wanted else 0, _CHUNK):
+        some = photos.keys[start : start + _CHUNK].tolist()
+        if not wanted.isdisjoint(some):
+            found |= {key: start + index for index, key in enumerate(some) if key in wanted}
+    return found
+
+
 def named(lines: Sequence[str], photos: Photos, path: Path | str) -> np.ndarray:
     """[n] bool: which photos the lines of a file name; empty lines do not count.
 
     Raises:
       ValueError: a line is no key of these photos: the first is told with its number.
     """
-    place = {str(key): index for index, key in enumerate(photos.keys)}
+    place = located([*lines, *(line.removesuffix("\r") for line in lines)], photos)
     found = np.zeros(len(photos), bool)
     unknown = []
     for number, line in enumerate(lines, start=1):
@@ -242,10 +259,10 @@ def decode(data: bytes) -> np.ndarray:
 
 def fingerprint_of(keys: np.ndarray, people: np.ndarray, content: str) -> str:
     """SHA-256 hex digest of keys [n], people [m] and whatever pins the contents."""
-    digest = hashlib.sha256()
-    for part in ([content], keys, people):
-        for text in part:
-            digest.update(str(text).encode() + b"\0")
+    digest = hashlib.sha256(content.encode() + b"\0\1")
+    for part in (keys, people):
+        for start in range(0, len(part), _CHUNK):
+            digest.update("\0".join([*part[start : start + _CHUNK].tolist(), ""]).encode())
         digest.update(b"\1")
     return digest.hexdigest()
 

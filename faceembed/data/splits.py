@@ -23,8 +23,9 @@ def split_of(people: Sequence[str] | np.ndarray) -> np.ndarray:
     """
     names, edges = list(SHARES), np.cumsum(list(SHARES.values()))
     edges[-1] = 1.0  # the sum of the shares may fall a rounding short of 1
-    digests = [hashlib.sha256(str(person).encode()).digest()[:8] for person in people]
-    place = np.array([int.from_bytes(digest, "big") >> 11 for digest in digests], np.float64) / 2.0**53
+    named = people.tolist() if isinstance(people, np.ndarray) else people
+    digests = b"".join(hashlib.sha256(str(person).encode()).digest()[:8] for person in named)
+    place = (np.frombuffer(digests, ">u8") >> np.uint64(11)).astype(np.float64) / 2.0**53
     return np.array(names)[np.searchsorted(edges, place, side="right")]
 
 

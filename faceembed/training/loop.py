@@ -309,7 +309,8 @@ def leave_out(named: np.ndarray, photos: sources.Photos, learn: sources.Photos) 
       photos: of everybody.
       learn: of training people.
     """
-    kept = ~np.isin(learn.keys, photos.keys[named])
+    kept = np.ones(len(learn), bool)
+    kept[list(sources.located(photos.keys[named].tolist(), learn).values())] = False
     if kept.all():
         return learn, photos.fingerprint
     return sources.select(learn, kept), sources.fingerprint_of(learn.keys[~kept], learn.people, photos.fingerprint)
@@ -410,8 +411,10 @@ class _Select:
     @classmethod
     def read(cls, photos: sources.Photos, pre: preprocess.Preprocess, progress: bool) -> "_Select":
         chosen = pairs.heldout(photos, "select")
-        first, second = pairs.resolve(chosen, photos)
-        images = pipeline.decode_all(photos, pre.size, progress=progress)
+        # Of a twentieth of ten million photos only thousands are in pairs.
+        used, place = np.unique(np.stack(pairs.resolve(chosen, photos)), return_inverse=True)
+        images = pipeline.decode_all(sources.select(photos, used), pre.size, progress=progress)
+        first, second = place.reshape(2, -1)
         return cls(images, first, second, chosen.same, len(photos.people))
 
     def auc(self, embed_fn: embed.EmbedFn, variables: Any) -> float:
