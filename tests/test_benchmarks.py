@@ -15,6 +15,7 @@ from PIL import Image
 
 from experiments.benchmarks import __main__ as runner
 from experiments.benchmarks import growth, harness, loss, reading
+from experiments.benchmarks import sampling as planning
 from experiments.benchmarks import search as searching
 from faceembed import encoders
 from faceembed.data import pipeline, sampling, sources
@@ -282,3 +283,20 @@ def test_searches_are_measured_without_the_peers_that_are_missing_or_cannot_hold
     assert [(bar["probes"], bar["k"]) for bar in bars] == [(1, 1), (64, 1), (1, 5), (64, 5)]
     assert bars[0]["faceembed.search ms"] > 0
     assert bars[0]["faiss flat ms"] is bars[0]["ratio"] is None
+
+
+def test_simulated_people_have_a_long_tail_and_are_planned_and_split(monkeypatch):
+    count = np.bincount(planning.who(20_000, 2000))
+    assert (count.sum(), len(count), count.min(), count.max()) == (20_000, 2000, 1, 453)
+    assert 0.05 < np.mean(count == 1) < 0.15
+    assert abs(np.corrcoef(count[:-1], count[1:])[0, 1]) < 0.1, "in no order"
+    monkeypatch.setattr(harness, "fresh", lambda function, *args: function(*args))
+    monkeypatch.setattr(harness, "peak_bytes", lambda make, *args: (make(*args)(), 5_000_000)[1])
+    plan, *way = planning.run(quick=True)
+    assert (plan["table"], plan["batches an epoch"], plan["MB"]) == ("the plan", 99, 5)
+    assert min(plan["start s"], plan["batch ms"], plan["epoch ms"]) > 0
+    assert {row["table"] for row in way} == {"on the way, 20,000 photos of 2,000 people"}
+    assert [row["step"] for row in way][2:5] == ["1,000 photos named to leave out", "and left out", "plan"]
+    assert min(row["s"] for row in way) > 0
+    # 12 digits, two quotes, a comma and a space for each of 85 % of the people.
+    assert way[-1]["file MB"] == pytest.approx(0.85 * 2000 * 16 / 1e6, rel=0.03)

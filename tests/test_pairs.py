@@ -1,6 +1,7 @@
 """Verification lists: official formats, one's own, and pairs drawn among held-out people."""
 
 import collections
+import hashlib
 import itertools
 import json
 import typing
@@ -151,6 +152,29 @@ def test_heldout_of_a_part_is_heldout_of_the_whole(split):
     whole, alone = pairs.heldout(photos, split, n=200), pairs.heldout(part, split, n=200)
     np.testing.assert_array_equal(whole.key_a, alone.key_a)
     np.testing.assert_array_equal(whole.key_b, alone.key_b)
+
+
+@pytest.mark.parametrize(
+    ("split", "n", "cap", "digest"),
+    [
+        ("select", 20, 10, "1f82b2ebdbad"),  # fewer than there are people
+        ("train", 4000, 2, "b12483659b29"),
+        ("report", 4000, 10, "a17564b8402f"),  # everybody's, again and again
+        ("report", 100_000, 1000, "96b00211dba8"),
+    ],
+)
+def test_heldout_never_changes(split, n, cap, digest):
+    """Written down once: the best checkpoint of a run, and every table, is of these pairs."""
+    drawn = pairs.heldout(made_up((np.arange(3000) * 7919 % 1000) ** 3 * 30 // 999**3 + 1), split, n=n, cap=cap)
+    text = "|".join([*drawn.key_a.tolist(), *drawn.key_b.tolist()])
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == digest
+
+
+def test_pairs_of_people_who_give_none_are_not_listed(monkeypatch):
+    asked, triu = [], np.triu_indices
+    monkeypatch.setattr(np, "triu_indices", lambda n, k: asked.append(n) or triu(n, k))
+    pairs.heldout(made_up([3] * 1000), "train", n=40)
+    assert len(asked) == 20
 
 
 def test_heldout_of_a_small_set_finds_its_few_pairs_or_says_why_not():

@@ -1,13 +1,19 @@
 """The P×K plan against the promises in its module's docstring."""
 
+import gc
 import hashlib
 import re
+import tracemalloc
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from experiments.benchmarks import harness
+from experiments.benchmarks import sampling as benchmark
 from faceembed.data import sampling
 
 
@@ -228,6 +234,82 @@ def test_the_sequence_of_batches_never_changes(identity, options, digest):
     assert found.hexdigest()[:16] == digest
 
 
+def test_steps_in_any_order_give_the_same_batches():
+    identity = in_turns(long_tail(200, 9))
+    make = lambda: sampling.make_sampler(identity, people=8, photos=4, seed=0)  # noqa: E731
+    sampler, epoch = make(), make().epoch_steps
+    for step in (0, epoch, 5 * epoch, epoch + 1, 1, 5 * epoch + 2, 2, 0, 9 * epoch, 5 * epoch):
+        np.testing.assert_array_equal(sampler.batch(step), make().batch(step))
+
+
+def peak_of(call):
+    """(what `call` returns, bytes that it held at once)."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        found = call()
+        return found, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_plan_is_small(ordered):
+    """Beside the set's own list, of 4 bytes a photo, at most 10 or, where it has to be sorted, 17 a photo."""
+    photos, people = 500_000, 50_000
+    identity = benchmark.who(photos, people)
+    if not ordered:
+        identity = identity[np.arange(photos) * 1_000_003 % photos]
+
+    def plan():
+        sampler = sampling.make_sampler(identity, people=64, photos=4, seed=0)
+        for epoch in range(6):
+            sampler.batch(epoch * sampler.epoch_steps)
+        return sampler
+
+    sampler, peak = peak_of(plan)
+    assert peak < (10 if ordered else 17) * photos
+    held = [value for value in vars(sampler).values() if isinstance(value, np.ndarray)]
+    held += [array for epoch in sampler._recent for array in epoch[1:]]
+    assert {array.dtype for array in held} == {np.dtype(np.int32)}
+    assert sum(array.nbytes for array in held) < 4 * photos + 24 * people + 1
+    # It goes when nobody needs it any more: nothing else keeps it.
+    gone = weakref.ref(sampler)
+    del sampler, held
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_batch_needs_no_more_of_a_larger_set():
+    """Once its epoch's list is there, people outside the batch take no memory, and so no time."""
+    small, large = (
+        sampling.make_sampler(in_turns([5] * people), people=16, photos=4, seed=0) for people in (2000, 64_000)
+    )
+    for sampler in (small, large):
+        sampler.batch(0)
+    (_, few), (_, many) = (peak_of(lambda sampler=sampler: sampler.batch(1)) for sampler in (small, large))
+    assert many < 1.5 * few
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets the high-water mark")
+@pytest.mark.parametrize(("size", "digest"), [(256, "e106447ccc95a79b"), (65_536, "ad8f47adf94093a9")])
+def test_ten_million_photos_of_a_million_people(size, digest):
+    # In a process of its own; `ru_maxrss` would be no less than this one's.
+    assert harness.peak_bytes(benchmark.planning, 10_000_000, 1_000_000, size) < 200e6
+    identity = benchmark.who(10_000_000, 1_000_000)
+    sampler = benchmark.make(identity, size)
+    epoch = sampler.epoch_steps
+    batches = [sampler.batch(step) for step in (0, 1, epoch - 1, epoch, 7 * epoch + 3, 10**12)]
+    assert hashlib.sha256(np.concatenate(batches).astype("<i4").tobytes()).hexdigest()[:16] == digest
+    seen = np.concatenate([sampler.batch(step) for step in range(epoch, epoch + min(epoch, 300))])
+    total = np.bincount(identity)
+    _, times = np.unique(seen[total[identity[seen]] == 1], return_counts=True)
+    assert times.max() == 1, "a singleton comes at most once an epoch"
+    if size == 65_536:
+        assert np.isin(np.flatnonzero(total > 1), identity[seen]).all(), "nobody starves"
+
+
 def test_all_pairs_of_a_persons_photos_meet():
     identity = people_of([8] * 8)
     sampler = sampling.make_sampler(identity, people=4, photos=4, seed=0)
@@ -299,3 +381,5 @@ def test_negative_steps_and_float_identities_are_refused():
         sampler.batch(-1)
     with pytest.raises(ValueError, match="float64"):
         sampling.make_sampler(np.zeros(9), people=2, photos=2, seed=0)
+    with pytest.raises(ValueError, match="2,147,483,648 photos are more than"):
+        sampling.make_sampler(np.broadcast_to(np.int8(0), 2**31), people=2, photos=2, seed=0)  # of one byte

@@ -1,10 +1,12 @@
 """Photos from a folder and from the renderer; what is wrong with them is told."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
 import sys
+import tracemalloc
 import types
 import typing
 from pathlib import Path
@@ -307,6 +309,57 @@ def test_select_renumbers_people(album, tmp_path):
     for mask in (np.ones(3, bool), np.ones(6, int)):
         with pytest.raises(ValueError, match=r"expected bool \[6\]"):
             sources.select(photos, mask)
+
+
+def test_select_keeps_the_order_of_people_who_have_photos_left():
+    rng = np.random.default_rng(0)
+    identity = np.sort(rng.integers(0, 300, 900)).astype(np.int32)
+    photos = sources.Photos(
+        source="made up", keys=np.array([f"{i:03d}" for i in range(900)]), identity=identity,
+        people=np.array([f"p{i:03d}" for i in range(300)]), read=lambda index: None, square=None, problems=(),
+        fingerprint="",
+    )  # fmt: skip
+    for chosen in (rng.random(900) < 0.2, np.zeros(900, bool), np.arange(17)):
+        some = sources.select(photos, chosen)
+        people, number = np.unique(identity[chosen], return_inverse=True)
+        np.testing.assert_array_equal(some.people, photos.people[people])
+        np.testing.assert_array_equal(some.identity, number)
+        assert some.identity.dtype == np.int32
+
+
+def many(count):
+    """Photos with so many keys, not all of them ASCII."""
+    return sources.Photos(
+        source="made up", keys=np.array([f"Zoë {i // 9}/{i % 9}" for i in range(count)]),
+        identity=np.arange(count, dtype=np.int32) // 9, people=np.array([f"Zoë {i}" for i in range(-(-count // 9))]),
+        read=lambda index: None, square=None, problems=(), fingerprint="",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 3, sources._CHUNK - 1, sources._CHUNK, 2 * sources._CHUNK + 1])
+def test_a_fingerprint_is_of_one_key_after_the_other(count):
+    """Checkpoints hold it: it may be computed in pieces, and not change."""
+    photos = many(count)
+    digest = hashlib.sha256()
+    for part in (["content\0"], photos.keys, photos.people):
+        for text in part:
+            digest.update(str(text).encode() + b"\0")
+        digest.update(b"\1")
+    assert sources.fingerprint_of(photos.keys, photos.people, "content\0") == digest.hexdigest()
+
+
+def test_keys_are_looked_for_without_a_table_of_all():
+    photos = many(3 * sources._CHUNK)
+    wanted = [0, sources._CHUNK - 1, sources._CHUNK, 2 * sources._CHUNK + 5]
+    tracemalloc.start()
+    found = sources.located([*photos.keys[wanted].tolist(), "nobody"], photos)
+    peak = tracemalloc.get_traced_memory()[1]
+    assert found == dict(zip(photos.keys[wanted].tolist(), wanted, strict=True))
+    assert peak < 100 * len(photos)  # a dictionary of all takes 170 bytes a key
+    tracemalloc.reset_peak()
+    assert not sources.named([], photos, "").any()
+    assert tracemalloc.get_traced_memory()[1] < peak / 10, "where nothing is named, nothing is read"
+    tracemalloc.stop()
 
 
 def test_synthetic_is_rendered_once_when_first_read(monkeypatch):

@@ -31,6 +31,7 @@ BENCHMARKS = (
     "pretrained",
     "startup",
     "search",
+    "sampling",
 )
 
 

@@ -137,7 +137,7 @@ class Sampler:
 def make_sampler(identity: np.ndarray, *, people: int, photos: int, seed: int, singletons: float = 0.1) -> Sampler:
     """Tables for the P×K plan of a set of photos.
 
-    Takes about a second and 100 MB for ten million photos that are sorted by person, and holds 60 MB.
+    Ten million photos of a million people, sorted by person, take 0.3 s and 90 MB, of which the plan keeps 65.
 
     Args:
       identity: [n] int, person of each photo; n < 2³¹.
