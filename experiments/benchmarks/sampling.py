@@ -1,4 +1,4 @@
-"""How soon does a set of ten million photos of a million people give its first batch, and the next?  (2 min on 2 cores.)
+"""How soon does a set of ten million photos of a million people give its first batch, and the next?  (1 min on 2 cores.)
 
     python -m experiments.benchmarks.sampling
 
