@@ -160,6 +160,7 @@ def gathered_triplet_loss(
     if memory is None:
         layout = mining.layout_of(row, identities)
     else:
+        memory = Memory(*map(jnp.asarray, memory))
         layout = mining.layout_of(row, identities, memory.identity, memory.filled)
         candidates = jnp.concatenate([everyone, lax.stop_gradient(memory.emb).astype(everyone.dtype)])
     # One margin an anchor: its cotangent is then as local to the device as that of the anchors.
@@ -402,6 +403,7 @@ def _check(emb: Array, identity: Array, margin: float | Array) -> None:
 
 def gather(emb: Array, identity: Array, axis_name: AxisName) -> Gathered:
     """The embeddings [b, d] and ids [b] of this device, and those of all devices of an axis; see `triplet_loss`."""
+    emb, identity = jnp.asarray(emb), jnp.asarray(identity)
     emb = emb.astype(jnp.promote_types(emb.dtype, jnp.float32))
     row = jnp.arange(emb.shape[0], dtype=jnp.int32)
     if axis_name is None:

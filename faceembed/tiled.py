@@ -257,6 +257,7 @@ def _sweep_band(layout, anchors, candidates, margin, farther_only, size, with_gr
     slabs = _slabs(layout, candidates, size.tile)
     groups, group = _rows(layout, anchors, margin, size.rows)
     lanes = size.tile // _slices(size.tile)
+    dim = anchors.shape[1] if with_gradient else 0
 
     def active(x, d_ap, t):
         # "Not below" rather than "above": a NaN is counted, and reaches the loss instead of vanishing from it.
@@ -326,17 +327,18 @@ def _sweep_band(layout, anchors, candidates, margin, farther_only, size, with_gr
             return total + jnp.sum(hinge), counted + jnp.sum(counts, 0, dtype=jnp.int32), by_rows, by_candidates
 
         total, counted, by_anchors, by_candidates = carry
-        init = (total, zeros(size.rows, jnp.int32), zeros((size.rows, anchors.shape[1]), dtype), by_candidates)
+        init = (total, zeros(size.rows, jnp.int32), zeros((size.rows, dim), dtype), by_candidates)
         total, here, by_rows, by_candidates = lax.fori_loop(0, _sweeps(layout), sweep, init)
         put = lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, i * size.rows, 0)  # noqa: E731
         return total, put(counted, here), put(by_anchors, 2 * by_rows), by_candidates
 
-    shapes = (
-        [(groups * size.rows, anchors.shape[1]), slabs.embedding.shape]
-        if with_gradient
-        else [(groups * size.rows, 0), (0, 0)]
+    length = groups * size.rows
+    init = (
+        zeros((), dtype),
+        zeros(length, jnp.int32),
+        zeros((length, dim), dtype),
+        zeros((len(slabs.person), dim), dtype),
     )
-    init = (zeros((), dtype), zeros(groups * size.rows, jnp.int32), *(zeros(shape, dtype) for shape in shapes))
     total, counted, by_anchors, by_candidates = lax.fori_loop(0, groups, of_rows, init)
     return total, counted[: len(anchors)], by_anchors[: len(anchors)], by_candidates[: len(candidates)]
 

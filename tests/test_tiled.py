@@ -106,6 +106,16 @@ def test_slabs_give_what_the_loops_give(monkeypatch, case, miner):
                 np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("miner", ["all", "semi_hard_all", "semi_hard"])
+def test_the_value_alone_is_that_which_comes_with_a_gradient(miner):
+    emb, ids, memory = batch(3, 20, 4, 0, remembered=5)
+    run = partial(triplet_loss, margin=0.5, miner=miner, tile=8, memory=memory)
+    alone = jax.jit(run, compiler_options=FAST)(np.float32(emb), ids)
+    both = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=FAST)(np.float32(emb), ids)[0]
+    assert alone[0] > 0
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), alone, both)
+
+
 def test_random_draws_from_a_memory_as_often_as_from_the_batch():
     ids = np.array([3, 1, 3, 1, 2], np.int32)
     remembered, filled = np.array([7, 3, 2, 9, 8], np.int32), np.array([True, True, True, False, True])
