@@ -374,7 +374,7 @@ class Checkpoint:
     log: int = 50
     """Write metrics; the host waits for the device only then."""
     keep_best: int = 1
-    """Best steps kept beside the latest."""
+    """Best steps kept beside the latest two."""
 
     def __post_init__(self) -> None:
         for name in ("every", "log", "keep_best"):

@@ -416,8 +416,9 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def final_report(
-    run: Path, people_of: dict[str, sources.Photos], *, progress: bool = True, command: str | None = None
-) -> dict[str, Any]:
+    run: Path, people_of: dict[str, sources.Photos], *, bad_photos: Sequence[str] = (), progress: bool = True,
+    command: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Verification of report people by the best checkpoint, heads fitted on calibrate people; prints the table.
 
     Writes `results.json`, `policy.json` (the heads, bound to the parameters' fingerprint) and `report.html` into the run
@@ -426,6 +427,7 @@ def final_report(
     Args:
       run: the run directory.
       people_of: photos of the people of each part, as `split_photos` gives them.
+      bad_photos: keys of those that did not decode in training, where others stood in for them.
       progress: show progress bars.
       command: what was typed to train, for the report.
 
@@ -447,10 +449,15 @@ def final_report(
     if len(some["report"]) < len(people_of["report"]):
         print(f"of {len(people_of['report']):,} photos {len(some['report']):,}: at most 50 of a person, 15,000 in all")
     print(f"{everyone.summary}\n")
+    if bad_photos:
+        print(
+            f"{len(bad_photos)} photos did not decode in training; others stood in for them: {', '.join(bad_photos)}\n"
+        )
     content = {
         "schema": report.SCHEMA,
         "checkpoint": str(embedder.path),
         "source": people_of["report"].source,
+        "bad_photos": list(bad_photos),
         "results": results.to_dict(),
         "all_pairs": everyone.to_dict(),
     }

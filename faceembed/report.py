@@ -266,5 +266,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # the system's error about a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)  # there only after a failure

@@ -19,7 +19,7 @@ def real_data() -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def noise_photos():
     """120 people with four photos of noise each, 16 px: enough to be split, and nothing to be rendered."""
     from faceembed.data import sources

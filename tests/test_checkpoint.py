@@ -5,7 +5,9 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from faceembed import checkpoint, config, embed, losses, report
 from faceembed.training import step as steps
 
 ROOT = Path(__file__).parents[1]
+HOST = re.escape(socket.gethostname())
 TINY = config.Experiment(
     steps=9,
     preprocess=config.Preprocess(size=16),
@@ -149,27 +152,27 @@ def test_saving_goes_on_while_the_state_is_given_to_an_update(fresh, tmp_path):
         assert checkpoint.fingerprint(checkpoints.restore(at(heavy, 0))) == wanted
 
 
-def test_the_best_and_the_latest_step_are_kept_also_after_reopening(fresh, tmp_path):
+def test_the_best_and_the_latest_two_steps_are_kept_also_after_reopening(fresh, tmp_path):
     def save(*scored):
         with checkpoint.Checkpoints(tmp_path) as checkpoints:
             for step, score in scored:
                 checkpoints.save(at(fresh, step), TINY, {}, score)
 
     save((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6))
-    assert kept(tmp_path) == [2, 4]
+    assert kept(tmp_path) == [2, 3, 4]
     # The score of step 2 is read from disk now.
     save((5, 0.8))
-    assert kept(tmp_path) == [2, 5]
-    save((6, 0.95), (7, 0.1))
-    assert kept(tmp_path) == [6, 7]
+    assert kept(tmp_path) == [2, 4, 5]
+    save((6, 0.95), (7, 0.1), (8, 0.2))
+    assert kept(tmp_path) == [6, 7, 8]
     assert checkpoint.find_step(tmp_path).name == "6"
 
 
 def test_as_many_of_the_best_are_kept_as_asked(fresh, tmp_path):
     with checkpoint.Checkpoints(tmp_path, keep_best=2) as checkpoints:
-        for step, score in ((1, 0.9), (2, 0.5), (3, 0.8), (4, 0.6)):
+        for step, score in ((1, 0.9), (2, 0.5), (3, 0.8), (4, 0.6), (5, 0.1)):
             checkpoints.save(at(fresh, step), TINY, {}, score)
-    assert kept(tmp_path) == [1, 3, 4]
+    assert kept(tmp_path) == [1, 3, 4, 5]
 
 
 def test_the_best_step_is_found_the_later_of_equals(tmp_path):
@@ -194,6 +197,176 @@ def test_paths_without_a_checkpoint_say_what_was_expected(tmp_path):
         checkpoint.find_step(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         checkpoint.find_step(tmp_path)
+
+
+# ---- damage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_steps(fresh, tmp_path_factory):
+    """A run directory with the steps 1 (the best) and 2; to be copied."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    with checkpoint.Checkpoints(run) as checkpoints:
+        for step, score in ((1, 0.9), (2, 0.5)):
+            checkpoints.save(at(fresh, step), TINY, {"people": 3}, score)
+    return run
+
+
+@pytest.fixture
+def run(two_steps, tmp_path):
+    return Path(shutil.copytree(two_steps, tmp_path / "run"))
+
+
+def files_of(step):
+    return sorted(path for path in step.rglob("*") if path.is_file() and path.name != checkpoint.SUMS)
+
+
+def flip(path):
+    """One bit in the middle, which no file system would notice."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="sha256sum is not installed")
+def test_a_step_has_sums_that_another_program_reads(run):
+    step = run / "checkpoints" / "2"
+    assert subprocess.run(["sha256sum", "--check", "--quiet", checkpoint.SUMS], cwd=step).returncode == 0
+    named = {line.split("  ", 1)[1] for line in (step / checkpoint.SUMS).read_text().splitlines()}
+    assert named == {str(path.relative_to(step)) for path in files_of(step)}
+
+
+def test_any_changed_truncated_or_missing_file_is_noticed_and_named(run):
+    step = run / "checkpoints" / "2"
+    assert checkpoint.damage(step) is None
+    files = [path for path in files_of(step) if path.stat().st_size]
+    assert len(files) > 20
+    for path in files:
+        name, whole = str(path.relative_to(step)), path.read_bytes()
+        flip(path)
+        assert checkpoint.damage(step) == f"{name} ({len(whole):,} bytes) is not what was saved"
+        path.write_bytes(whole[:-1])
+        assert checkpoint.damage(step) == f"{name} ({len(whole) - 1:,} bytes) is not what was saved"
+        path.unlink()
+        assert checkpoint.damage(step).startswith(name.split("/")[0])  # the file, or its part that is missing
+        path.write_bytes(whole)
+    assert checkpoint.damage(step) is None
+    shutil.rmtree(step / "params")
+    assert checkpoint.damage(step) == "params is missing"
+
+
+# Orbax leaves futures behind when it fails, which complain when their event loop is gone.
+leaves_futures = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.mark.slow
+@leaves_futures
+def test_orbax_alone_does_not_notice_a_changed_byte(run):
+    """Why there are sums. When this fails, Orbax has learned it, and they may go."""
+    step = run / "checkpoints" / "2"
+    (step / checkpoint.SUMS).unlink()
+    unnoticed = 0
+    for path in files_of(step / "params" / "ocdbt.process_0" / "d"):
+        whole = path.read_bytes()
+        for place in np.linspace(0, len(whole) - 1, 8).astype(int):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            unnoticed += checkpoint.damage(step) is None
+        path.write_bytes(whole)
+    assert unnoticed > 0
+
+
+def test_evaluation_refuses_a_damaged_step_and_says_what_else_there_is(run):
+    step = run / "checkpoints" / "1"
+    largest = max(files_of(step / "params"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, 100)
+    message = (
+        rf"(?s){step} is damaged: {largest.relative_to(step)} \(100 bytes\).*another step of it \({step.parent}/2\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        embed.load(run)
+    assert embed.load(step.with_name("2")).data["step"] == 2
+    # What evaluation does not read does not matter to it.
+    flip(max(files_of(step.with_name("2") / "train"), key=lambda path: path.stat().st_size))
+    assert embed.load(step.with_name("2")).data["step"] == 2
+    (step / "metrics" / "metrics").write_text('{"sco')
+    with pytest.raises(ValueError, match=f"{step} is damaged: metrics does not read"):
+        checkpoint.find_step(run)
+
+
+@leaves_futures
+def test_without_sums_a_truncated_step_is_noticed_by_reading_it(run):
+    step = run / "checkpoints" / "2"
+    (step / checkpoint.SUMS).unlink()
+    assert checkpoint.damage(step) is None
+    for item in ("params", "train", "config", "data", "metrics"):
+        copy = Path(shutil.copytree(step, run / f"copy-{item}"))
+        needed = [
+            path for path in files_of(copy / item) if path.parent.name == "d" or path.name in ("metadata", "metrics")
+        ]
+        for path in needed:  # others, such as _sharding, are not read
+            os.truncate(path, 10)
+        assert checkpoint.damage(copy).startswith(f"{item} does not read (")
+
+
+def test_damaged_steps_are_set_aside_and_whole_ones_get_sums(run, fresh):
+    steps_of = run / "checkpoints"
+    (steps_of / "1" / checkpoint.SUMS).unlink()  # killed before they were written
+    (steps_of / "9").mkdir()  # what a file system may leave of a directory
+    flip(max(files_of(steps_of / "2" / "train"), key=lambda path: path.stat().st_size))
+    told = checkpoint.set_aside_damaged(run)
+    assert [line.split(":")[0] for line in told] == [f"the checkpoint of step {n} is damaged" for n in (2, 9)]
+    assert kept(run) == [1]
+    assert sorted(path.name for path in (run / "damaged").iterdir()) == ["2", "9"]
+    assert (steps_of / "1" / checkpoint.SUMS).exists()
+    with checkpoint.Checkpoints(run) as checkpoints:
+        assert checkpoints.latest == 1
+        assert checkpoint.fingerprint(checkpoints.restore(at(fresh, 0))) == checkpoint.fingerprint(at(fresh, 1))
+        checkpoints.save(at(fresh, 2), TINY, {}, 0.5)
+    flip(files_of(steps_of / "2" / "params")[0])
+    (told,) = checkpoint.set_aside_damaged(run)
+    assert told.endswith(f"It is left out, and kept as {run / 'damaged' / '2-again'}.")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_afresh(run):
+    for step in ("1", "2"):
+        flip(files_of(run / "checkpoints" / step / "params")[-1])
+    with pytest.raises(
+        ValueError, match=r"(?s)every checkpoint of .* is damaged:\n  step 1: params/.*\n  step 2: params/"
+    ):
+        checkpoint.set_aside_damaged(run)
+    assert kept(run) == [1, 2]
+
+
+def test_a_step_without_a_score_is_restored_and_never_the_best(fresh, tmp_path):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(fresh, 3), TINY, {})
+    assert checkpoint.find_step(tmp_path).name == "3", "there is no other"
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(fresh, 4), TINY, {}, 0.0)
+        checkpoints.save(at(fresh, 5), TINY, {})
+        assert checkpoint.fingerprint(checkpoints.restore(at(fresh, 0))) == checkpoint.fingerprint(at(fresh, 5))
+    assert kept(tmp_path) == [4, 5]
+    assert checkpoint.find_step(tmp_path).name == "4"
+
+
+def test_a_save_that_fails_is_told_once_and_the_next_one_works(fresh, tmp_path, monkeypatch):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(fresh, 1), TINY, {}, 0.9)
+        checkpoints.wait()
+        free = shutil.disk_usage(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: free._replace(free=1000))
+            checkpoints.save(at(fresh, 2), TINY, {}, 0.9)
+        (told,) = checkpoints.failures()
+        assert "the checkpoint of step 2 could not be saved in" in told
+        assert "No space left on device (0.0 MB are free there, and it takes about 0." in told
+        assert told.endswith("step 1 is the last one saved.")
+        assert checkpoints.failures() == []
+        with pytest.raises(OSError, match="step 2 could not be saved"):
+            checkpoints.wait()
+        checkpoints.save(at(fresh, 3), TINY, {}, 0.9)
+        checkpoints.wait()
+    assert kept(tmp_path) == [1, 3]
 
 
 def begun(run, experiment):
@@ -316,14 +489,14 @@ def test_a_run_directory_has_one_owner_and_a_kill_frees_it(tmp_path):
         assert holder.stdout.readline() == "held\n"
         for _ in range(2):  # the refused one must not take the owner's name away
             with (
-                pytest.raises(BlockingIOError, match=f"{run} is being trained by process {holder.pid}\\."),
+                pytest.raises(BlockingIOError, match=f"{run} is being trained by process {holder.pid} on {HOST}\\."),
                 checkpoint.locked(run),
             ):
                 pass
         os.kill(holder.pid, signal.SIGKILL)
         assert holder.wait(timeout=30) == -signal.SIGKILL
     # The new owner's number alone, not after the old one's.
-    message = f"process {os.getpid()}\\."
+    message = f"process {os.getpid()} on {HOST}\\."
     with checkpoint.locked(run), pytest.raises(BlockingIOError, match=message), checkpoint.locked(run):
         pass
     with checkpoint.locked(run), checkpoint.locked(tmp_path / "runs" / "two"):

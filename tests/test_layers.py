@@ -31,6 +31,7 @@ ALLOWED = {
         "data", "embed", "identification", "mesh", "metrics", "page", "plots", "preprocess", "report", "uncertainty",
     },
     "training.diagnostics": {"losses"},
+    "training.interrupts": set(),
     "training.logs": {"report"},
     "training.transfer": {"encoders"},
     "training.step": {"losses", "mesh", "training.diagnostics", "training.transfer"},
@@ -42,11 +43,11 @@ ALLOWED = {
     "export": {"faceembed", "data", "embed", "encoders"},
     "training.loop": {
         "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "report",
-        "training.diagnostics", "training.logs", "training.step", "training.transfer",
+        "training.diagnostics", "training.interrupts", "training.logs", "training.step", "training.transfer",
     },
     "cli": {
         "audit", "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "export",
-        "identification", "mesh", "page", "preprocess", "report", "training.loop", "verification",
+        "identification", "mesh", "page", "preprocess", "report", "training.interrupts", "training.loop", "verification",
     },
 }  # fmt: skip
 

@@ -124,6 +124,50 @@ def test_dropping_lines_is_atomic(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def test_what_a_full_disk_does_not_take_is_written_later_in_order_and_whole(tmp_path, monkeypatch, capsys):
+    """The real full disk is in test_reliability.py; here one that takes a few bytes of a line."""
+    real, room = open, 10**6
+
+    class Small:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            nonlocal room
+            if not room:
+                raise OSError(28, "No space left on device")
+            written = self.file.write(data[:room])
+            room -= written
+            return written
+
+    monkeypatch.setattr(logs, "open", lambda *args, **more: Small(real(*args, **more)), raising=False)
+    with opened(tmp_path) as log:
+        log.write(1, {"loss": 1.0})
+        room = 7
+        for step in (2, 3):
+            log.write(step, {"loss": float(step)})
+        text = (tmp_path / "metrics.jsonl").read_text()
+        assert text.splitlines()[-1] == '{"step"', "torn for now"
+        room = 10**6
+        log.write(4, {"loss": 4.0})
+        log.event(4, "collapse", "…")
+        assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert scalars(tmp_path) == {(step, "loss"): float(step) for step in (1, 2, 3, 4)}
+    told = capsys.readouterr().out
+    assert told.count("metrics.jsonl cannot be written (No space left on device") == 1
+    assert "metrics.jsonl is written again; nothing is missing in it." in told
+    with opened(tmp_path, 4) as log:
+        room = 0
+        log.write(5, {"loss": 5.0})
+    assert "metrics.jsonl lacks its last 25 bytes: they could not be written." in capsys.readouterr().out
+
+
 def test_events_that_are_not_over_are_ongoing_after_a_resume(tmp_path):
     with opened(tmp_path) as log:
         assert log.ongoing == ()

@@ -155,6 +155,132 @@ def test_photos_that_do_not_decode_are_all_named(photos, sampler):
         gather(broken, sampler, steps=30, memory_limit_bytes=0)
 
 
+# ---- photos that do not decode are replaced -----------------------------------------------------------------------------
+
+
+def broken(photos, *indices):
+    def read(index):
+        if index in indices:
+            raise ValueError("cut off")
+        return photos.read(index)
+
+    return dataclasses.replace(photos, read=read)
+
+
+def test_who_stands_in_follows_from_the_photo_alone(photos):
+    # People 4 to 6 have the photos 11-14, 15-18 and 19.
+    stand_ins = pipeline.StandIns(photos, limit=9)
+    assert list(stand_ins.of(13))[:6] == [13, 14, 11, 12, 15, 16]
+    stand_ins.failed({13: "13: cut off", 14: "14: cut off"}, step=3)
+    assert list(stand_ins.of(13))[:3] == [11, 12, 15]
+    assert list(stand_ins.of(19))[:2] == [19, 20], "the next person for one who has no other"
+    assert sorted(stand_ins.of(79)) == [i for i in range(80) if i not in (13, 14)]
+    np.testing.assert_array_equal(stand_ins.shown(np.array([12, 13, 14, 79], np.int32)), [12, 11, 11, 79])
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("limit", [0, 1e9])
+def test_the_sequence_with_stand_ins_is_the_same_everywhere(photos, sampler, limit, processes):
+    """Whether read as used or from memory, by one process or several, from the start or after an interruption."""
+    alone = int(np.flatnonzero(photos.identity == 0)[0])  # a singleton
+    bad = (alone, 13, 14, 40)
+    expected = []
+    for step in range(9):
+        index = np.array([{13: 11, 14: 11, alone: alone + 1}.get(i, i) for i in sampler.batch(step)])
+        index[index == 40] = next(i for i in pipeline.StandIns(photos).of(40) if i != 40)
+        expected.append(index)
+    met = {i for step in range(9) for i in sampler.batch(step).tolist()} & set(bad)
+    assert len(met) >= 3, "the plan must meet them"
+    for start in (0, 5):
+        parts = []
+        for process in range(processes):
+            stand_ins = pipeline.StandIns(photos, limit=4)
+            options = {"process": process, "processes": processes, "start_step": start, "memory_limit_bytes": limit}
+            parts.append(gather(broken(photos, *bad), sampler, stand_ins=stand_ins, **options))
+        for step, shown in enumerate(zip(*parts, strict=True), start=start):
+            index = np.concatenate([part["index"] for part in shown])
+            np.testing.assert_array_equal(index, expected[step])
+            np.testing.assert_array_equal(np.concatenate([part["identity"] for part in shown]), photos.identity[index])
+            crops = [crop_square(photos.read(i), photos.square, 16, 1.25) for i in index]
+            np.testing.assert_array_equal(np.concatenate([part["image"] for part in shown]), crops)
+            assert shown[0]["index"].dtype == shown[0]["identity"].dtype == np.int32
+
+
+def test_bad_photos_are_told_once_with_the_first_batch_that_needed_them(photos, sampler):
+    first = {i: next(step for step in range(30) if i in sampler.batch(step)) for i in (13, 40)}
+    stand_ins = pipeline.StandIns(photos, limit=2)
+    gather(broken(photos, 13, 40), sampler, steps=30, memory_limit_bytes=0, stand_ins=stand_ins)
+    early = min(first.values())
+    assert stand_ins.news(early) == [], "read ahead, and not needed yet"
+    assert stand_ins.keys(early) == []
+    told = stand_ins.news(30)
+    assert sorted(told) == sorted((first[i], f"{photos.keys[i]}: cut off") for i in (13, 40))
+    assert stand_ins.news(30) == []
+    assert stand_ins.keys(30) == [photos.keys[13], photos.keys[40]]
+    # A command that goes on does not ask for them again, nor tell of them again; they count.
+    asked = []
+    watched = dataclasses.replace(photos, read=lambda index: asked.append(index) or photos.read(index))
+    known = pipeline.StandIns(photos, limit=2, known=stand_ins.keys(30))
+    again = gather(watched, sampler, steps=30, memory_limit_bytes=0, stand_ins=known)
+    assert not {13, 40} & set(asked)
+    assert not {13, 40} & set(np.concatenate([batch["index"] for batch in again]).tolist())
+    assert known.news(30) == []
+    with pytest.raises(
+        ValueError, match=r"(?s)3 of 80 photos of made up do not decode, more than --skip-bad-photos 2:"
+    ):
+        gather(broken(photos, 3), sampler, steps=30, stand_ins=known)
+
+
+def test_a_flipped_byte_in_a_prepared_set_is_one_photo_that_does_not_decode(tmp_path):
+    """array_record has checksums: reading that record raises, and the others read as before."""
+    import io
+    import zipfile
+
+    from faceembed.data import builders
+
+    draw = np.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
+        for number in range(1, 41):
+            data = io.BytesIO()
+            Image.fromarray(draw.integers(0, 256, (109, 89, 3), np.uint8)).save(data, "JPEG", quality=90)
+            archive.writestr(f"img_align_celeba/{number:06d}.jpg", data.getvalue())
+    lines = "".join(f"{number:06d}.jpg {1 + (number - 1) // 4}\n" for number in range(1, 41))
+    (tmp_path / "identity.txt").write_text(lines)
+    builders.prepare(
+        "celeba", archives=[tmp_path / "faces.zip"], identities=tmp_path / "identity.txt", data_dir=tmp_path / "data"
+    )
+    whole = sources.open_source("celeba", data_dir=tmp_path / "data")
+    pixels = [whole.read(index) for index in range(40)]
+    shard = next((tmp_path / "data" / "celeba").rglob("*.array_record*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    damaged = sources.open_source("celeba", data_dir=tmp_path / "data")
+    assert damaged.fingerprint == whole.fingerprint, "nothing tells before it is read"
+
+    errors = {}
+    for index in range(40):
+        try:
+            np.testing.assert_array_equal(damaged.read(index), pixels[index])
+        except ValueError as error:
+            errors[index] = str(error)
+    ((bad, message),) = errors.items()
+    assert f"photo {damaged.keys[bad]} does not decode" in message
+    sampler = sampling.make_sampler(damaged.identity, people=4, photos=2, seed=0)
+    shown = []
+    for limit in (0, 1e9):
+        stand_ins = pipeline.StandIns(damaged, limit=1)
+        batches = pipeline.batches(
+            damaged, sampler, size=16, steps=20, memory_limit_bytes=limit, stand_ins=stand_ins, progress=False
+        )
+        shown.append([batch["index"].tolist() for batch in batches])
+        assert stand_ins.keys(20) == [damaged.keys[bad]]
+    assert shown[0] == shown[1]
+    planned = [sampler.batch(step).tolist() for step in range(20)]
+    assert any(bad in batch for batch in planned)
+    assert not any(bad in batch for batch in shown[0])
+
+
 def test_what_does_not_belong_together_is_refused(photos, sampler):
     fewer = sources.select(photos, np.arange(len(photos)) > 0)
     with pytest.raises(ValueError, match="plan is for 80 photos, but the source has 79"):

@@ -28,6 +28,8 @@ class Options:
     """Divide the optimizer's state and the moving averages over the devices (ZeRO-1) instead of keeping them on each."""
     skip_bad_steps: int = 20
     """Updates that are not finite are not applied; more than this many of them end the run."""
+    skip_bad_photos: int = 10
+    """Photos of training people that do not decode are replaced by others of the person; more than so many end the run."""
     deterministic: bool = False
     """On GPUs: the same bits each time, with slower operations. A CPU gives them anyway."""
     profile: str | None = None
@@ -40,7 +42,7 @@ class Options:
     """Show progress bars."""
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> int:
     """See the module."""
     started = time.perf_counter()
     name, experiment, rest = chosen(arguments)
@@ -58,22 +60,30 @@ def run(arguments: list[str]) -> None:
         )
     if options.skip_bad_steps < 0:
         raise ValueError(f"--skip-bad-steps is {options.skip_bad_steps}: it counts from 0. Try --skip-bad-steps 20.")
+    if options.skip_bad_photos < 0:
+        raise ValueError(f"--skip-bad-photos is {options.skip_bad_photos}: it counts from 0. Try --skip-bad-photos 10.")
     profile = profiled(options.profile, options.experiment.steps)
     if options.deterministic:
         # Read when the back end starts, so before JAX is imported.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     use_compilation_cache()
-    from faceembed.training import loop
+    from faceembed.training import interrupts, loop
 
-    results = loop.train(
-        options.experiment, options.run_dir, devices=options.devices, shard_optimizer=options.shard_optimizer,
-        skip_bad_steps=options.skip_bad_steps, profile=profile, wandb=options.wandb, progress=options.progress,
-        command=shlex.join(["python", "launch.py", "train", *arguments]), started=started,
-    )  # fmt: skip
+    try:
+        results = loop.train(
+            options.experiment, options.run_dir, devices=options.devices, shard_optimizer=options.shard_optimizer,
+            skip_bad_steps=options.skip_bad_steps, skip_bad_photos=options.skip_bad_photos, profile=profile,
+            wandb=options.wandb, progress=options.progress, started=started,
+            command=shlex.join(["python", "launch.py", "train", *arguments]),
+        )  # fmt: skip
+    except interrupts.Stopped as stopped:
+        print(stopped)
+        return stopped.status
     if options.json:
         from faceembed import report
 
         report.write_json(options.json, results)
+    return 0
 
 
 def profiled(text: str | None, steps: int) -> tuple[int, int] | None:

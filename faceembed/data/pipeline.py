@@ -1,18 +1,97 @@
 """Photos of the plan, cropped: from uint8 memory where the set fits, else read by grain as they are used.
 
 Both ways give the same batches, and a batch depends on the step alone, so resuming needs nothing but the step.
+
+A photo that does not read any more (`StandIns`) is replaced by the next of the same person that does, wherever it comes.
 """
 
 import concurrent.futures
 import functools
+import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from faceembed.data import sampling, sources
 from faceembed.preprocess import crop_side, crop_square
+
+
+class StandIns:
+    """Photos that do not decode, and which others are shown in their place.
+
+    Another of the same person, the next one that decodes, going round; a photo of the next person, under that person's
+    identity, where none of them does. That follows from the photo alone, so it is the same on any number of devices and
+    after an interruption. Once a photo has failed it is not asked for again.
+
+    Args:
+      photos: any; people have neighbouring places.
+      limit: more photos than this that do not decode are an error.
+      known: keys of photos that failed under an earlier command.
+    """
+
+    def __init__(self, photos: sources.Photos, limit: int = 0, known: Iterable[str] = ()) -> None:
+        self._photos, self._limit = photos, limit
+        failed = set(known)
+        self._why = {index: "" for index, key in enumerate(photos.keys) if str(key) in failed} if failed else {}
+        self._step = dict.fromkeys(self._why, 0)
+        self._untold: set[int] = set()
+        self._lock = threading.Lock()
+
+    def of(self, index: int) -> Iterator[int]:
+        """The photo itself, then who stands in for it, in order; those that are known to fail are passed over."""
+        first, last = np.searchsorted(self._photos.identity, self._photos.identity[index] + np.arange(2))
+        everyone = range(index, last), range(first, index), range(last, len(self._photos)), range(first)
+        return (int(other) for other in itertools.chain(*everyone) if other not in self._why)
+
+    def shown(self, index: np.ndarray) -> np.ndarray:
+        """[b] int32 photos, those that are known to fail replaced."""
+        if not self._why:
+            return index
+        return np.array([next(self.of(int(one))) for one in index], index.dtype)
+
+    def failed(self, why: dict[int, str], step: int) -> None:
+        """Takes note of photos.
+
+        Args:
+          why: photo → what is wrong, with its key.
+          step: the batch that they were needed for, from 0.
+
+        Raises:
+          ValueError: they are too many; all are named.
+        """
+        with self._lock:
+            self._untold |= why.keys() - self._why.keys()
+            self._why |= why
+            for index in why:  # photos are read ahead, and not in order
+                self._step[index] = min(step, self._step.get(index, step))
+            found = dict(sorted(self._why.items()))
+        if len(found) <= min(self._limit, len(self._photos) - 1):
+            return
+        lines = [
+            text or f"{self._photos.keys[index]}: failed under an earlier command" for index, text in found.items()
+        ]
+        allowed = f", more than --skip-bad-photos {self._limit}" if self._limit else ""
+        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise ValueError(
+            f"{len(lines)} of {len(self._photos)} photos of {self._photos.source} do not decode{allowed}:\n  "
+            + "\n  ".join(lines[:10])
+            + more
+        )
+
+    def news(self, step: int) -> list[tuple[int, str]]:
+        """(batch, why) of the photos that failed since the last call and were needed for a batch before `step`."""
+        with self._lock:
+            told = sorted((self._step[index], self._why[index], index) for index in self._untold)
+            told = [entry for entry in told if entry[0] < step]
+            self._untold -= {index for _, _, index in told}
+        return [(at, why) for at, why, _ in told]
+
+    def keys(self, step: int) -> list[str]:
+        """Keys of all that failed and were needed for a batch before `step`; what `known` takes."""
+        with self._lock:
+            return [str(self._photos.keys[index]) for index in sorted(self._why) if self._step[index] < step]
 
 
 def batches(
@@ -27,6 +106,7 @@ def batches(
     processes: int = 1,
     memory_limit_bytes: float = 4e9,
     decoded: np.ndarray | None = None,
+    stand_ins: StandIns | None = None,
     progress: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's part of the batches of steps start_step, …, steps - 1.
@@ -42,14 +122,16 @@ def batches(
       processes: divides the batch.
       memory_limit_bytes: a set whose crops take no more is decoded once, by this call.
       decoded: `decode_all(photos, size, margin)` where it is at hand already.
+      stand_ins: for photos that do not decode; None allows none.
       progress: show a bar while decoding.
 
     Yields:
       {"image": uint8 [b, s, s, 3], "identity": int32 [b], "index": int32 [b] into photos, "slot": int32 [b] place in
-      the whole batch}, b = P·K / processes, s = crop_side(size, margin).
+      the whole batch}, b = P·K / processes, s = crop_side(size, margin). Identity and index are those of what is shown.
 
     Raises:
-      ValueError: if the plan and the photos do not belong together, or a photo does not decode (it is named).
+      ValueError: if the plan and the photos do not belong together, or more photos do not decode than `stand_ins` allows
+        (they are named).
     """
     side = crop_side(size, margin)
     if len(sampler.order) != len(photos):
@@ -62,11 +144,12 @@ def batches(
         raise ValueError(
             f"decoded is {decoded.shape}, expected {(len(photos), side, side, 3)} for size {size} and margin {margin}."
         )
+    stand_ins = stand_ins or StandIns(photos)
     if decoded is None and fits_in_memory(len(photos), size, margin, memory_limit_bytes):
-        decoded = decode_all(photos, size, margin, progress=progress)
+        decoded = decode_all(photos, size, margin, stand_ins=stand_ins, step=start_step, progress=progress)
     if decoded is None:
-        return _read_as_used(photos, sampler, size, margin, start_step, steps, slots)
-    return _from_memory(photos, sampler, decoded, start_step, steps, slots)
+        return _read_as_used(photos, sampler, size, margin, start_step, steps, slots, stand_ins)
+    return _from_memory(photos, sampler, decoded, start_step, steps, slots, stand_ins)
 
 
 def fits_in_memory(photos: int, size: int, margin: float, limit_bytes: float) -> bool:
@@ -75,14 +158,17 @@ def fits_in_memory(photos: int, size: int, margin: float, limit_bytes: float) ->
 
 
 def decode_all(
-    photos: sources.Photos, size: int, margin: float = 1.0, *, progress: bool = True, threads: int | None = None
-) -> np.ndarray:
+    photos: sources.Photos, size: int, margin: float = 1.0, *, stand_ins: StandIns | None = None, step: int = 0,
+    progress: bool = True, threads: int | None = None,
+) -> np.ndarray:  # fmt: skip
     """Every photo's crop.
 
     Args:
       photos: any.
       size: side of the crops at margin 1, pixels.
       margin: enlarges crops around the square.
+      stand_ins: takes note of photos that do not decode, whose crops are black; None allows none.
+      step: the batch that they are noted for.
       progress: show a bar.
       threads: that decode at once; None takes two a processor.
 
@@ -90,12 +176,15 @@ def decode_all(
       uint8 RGB [n, s, s, 3], s = crop_side(size, margin).
 
     Raises:
-      ValueError: naming the photos that do not decode.
+      ValueError: naming the photos that do not decode, if they are more than `stand_ins` allows.
     """
     side = crop_side(size, margin)
-    crops = np.empty((len(photos), side, side, 3), np.uint8)
+    crops = np.zeros((len(photos), side, side, 3), np.uint8)
+    stand_ins = stand_ins or StandIns(photos)
 
     def fill(index: int) -> str | None:
+        if next(stand_ins.of(index)) != index:
+            return None  # it failed under an earlier command
         try:
             crops[index] = _crop(photos, index, size, margin)
         except ValueError as error:
@@ -105,14 +194,9 @@ def decode_all(
     with concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
         outcomes = pool.map(fill, range(len(photos)))
         watched = sources.progress_bar(outcomes, len(photos), "decoding", shown=progress)
-        failures = [failure for failure in watched if failure]
+        failures = {index: why for index, why in enumerate(watched) if why}
     if failures:
-        more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
-        raise ValueError(
-            f"{len(failures)} of {len(photos)} photos of {photos.source} do not decode:\n  "
-            + "\n  ".join(failures[:10])
-            + more
-        )
+        stand_ins.failed(failures, step)
     return crops
 
 
@@ -127,10 +211,16 @@ def _crop(photos: sources.Photos, index: int, size: int, margin: float) -> np.nd
 
 
 def _from_memory(
-    photos: sources.Photos, sampler: sampling.Sampler, crops: np.ndarray, start: int, steps: int, slots: np.ndarray
+    photos: sources.Photos,
+    sampler: sampling.Sampler,
+    crops: np.ndarray,
+    start: int,
+    steps: int,
+    slots: np.ndarray,
+    stand_ins: StandIns,
 ) -> Iterator[dict[str, np.ndarray]]:
     for step in range(start, steps):
-        index = sampler.batch(step)[slots]
+        index = stand_ins.shown(sampler.batch(step)[slots])
         yield {"image": crops[index], "identity": photos.identity[index], "index": index, "slot": slots}
 
 
@@ -142,6 +232,7 @@ def _read_as_used(
     start: int,
     steps: int,
     slots: np.ndarray,
+    stand_ins: StandIns,
 ) -> Iterator[dict[str, np.ndarray]]:
     import grain
 
@@ -155,9 +246,15 @@ def _read_as_used(
 
     def read(place: int) -> dict[str, np.ndarray]:
         step, slot = start + place // len(slots), slots[place % len(slots)]
-        index = plan(step)[slot]
-        image = _crop(photos, int(index), size, margin)
-        return {"image": image, "identity": photos.identity[index], "index": index, "slot": slot}
+        planned = plan(step)[slot]
+        for index in stand_ins.of(int(planned)):
+            try:
+                image = _crop(photos, index, size, margin)
+            except ValueError as error:
+                stand_ins.failed({index: str(error)}, step)
+            else:
+                return {"image": image, "identity": photos.identity[index], "index": np.int32(index), "slot": slot}
+        raise AssertionError("`failed` raises before every photo has failed")
 
     # Threads rather than worker processes: those deal photos round-robin and tear P×K batches apart.
     places = grain.MapDataset.source(_Places(max(0, steps - start) * len(slots))).map(read)

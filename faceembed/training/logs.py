@@ -4,6 +4,8 @@ metrics.jsonl   {"step": 50, "loss": 0.18, …}, one object a line
 events.jsonl    {"step": 700, "kind": "collapse", "message": "…"}: what went wrong, and what to try
 tensorboard/    the same, for `tensorboard --logdir RUN`
 wandb_id        the id that a Weights & Biases run is gone on with
+
+On a full disk the training goes on: what cannot be written waits in memory, and is written with a later row.
 """
 
 import contextlib
@@ -11,15 +13,18 @@ import json
 import logging
 import math
 import secrets
+import shutil
+import socket
+import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from faceembed import report
+from tqdm import tqdm
 
-FLUSH_SECONDS = 10
-"""After this long at most a new value is on disk for TensorBoard to show."""
+from faceembed import report
 
 
 class _Sink(Protocol):
@@ -111,9 +116,9 @@ class _Lines:
     """metrics.jsonl and events.jsonl."""
 
     def __init__(self, run: Path, first: int) -> None:
-        self._metrics, self._events = run / "metrics.jsonl", run / "events.jsonl"
-        _drop_later(self._metrics, first)
-        self._kept = _drop_later(self._events, first)
+        self._metrics, self._events = _File(run / "metrics.jsonl"), _File(run / "events.jsonl")
+        _drop_later(run / "metrics.jsonl", first)
+        self._kept = _drop_later(run / "events.jsonl", first)
 
     def ongoing(self) -> tuple[str, ...]:
         """Kinds of the events that were kept and are not over."""
@@ -128,18 +133,53 @@ class _Lines:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         numbers = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        _append(self._metrics, {"step": step, **finite})
+        self._add(self._metrics, {"step": step, **finite})
 
     def event(self, step: int, kind: str, message: str) -> None:
-        _append(self._events, {"step": step, "kind": kind, "message": message})
+        self._add(self._events, {"step": step, "kind": kind, "message": message})
+
+    def _add(self, file: "_File", row: dict[str, Any]) -> None:
+        file.add((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
     def close(self, *, failed: bool) -> None:
-        pass  # every line was on its way to the disk when it was written
+        self._metrics.close()
+        self._events.close()
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+class _File:
+    """A file that is only added to: all that it can take is on its way to the disk when `add` returns.
+
+    What a full disk does not take waits, in order, for the next call, so that nothing is torn or written twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting = b""
+        self._told = False
+
+    def add(self, data: bytes) -> None:
+        self._waiting += data
+        try:
+            with open(self._path, "ab", buffering=0) as file:
+                while self._waiting:
+                    self._waiting = self._waiting[file.write(self._waiting) :]
+        except OSError as error:
+            if not self._told:
+                free = shutil.disk_usage(self._path.parent).free
+                tqdm.write(
+                    f"{self._path} cannot be written ({error.strerror}; {free / 1e6:,.1f} MB are free). The training goes "
+                    "on, and writes what is missing when it can."
+                )
+            self._told = True
+        else:
+            if self._told:
+                tqdm.write(f"{self._path} is written again; nothing is missing in it.")
+            self._told = False
+
+    def close(self) -> None:
+        self.add(b"")
+        if self._waiting:
+            tqdm.write(f"{self._path} lacks its last {len(self._waiting):,} bytes: they could not be written.")
 
 
 def _drop_later(path: Path, first: int) -> list[dict[str, Any]]:
@@ -158,29 +198,46 @@ def _drop_later(path: Path, first: int) -> list[dict[str, Any]]:
 
 
 class _TensorBoard:
-    """Scalars by name, and events as text."""
+    """Scalars by name, and events as text.
+
+    Written here and not by tensorboardX's `SummaryWriter`: its thread dies of the first error, a full disk for example, and
+    the training would then wait for ever for a place in its queue.
+    """
 
     def __init__(self, folder: Path, first: int) -> None:
-        from tensorboardX import SummaryWriter  # takes a second or two: not for `--help`
+        from tensorboardX import summary  # takes a second or two: not for `--help`
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+        self._summary, self._event = summary, Event
         # It says "NaN or Inf found" of each; we log them on purpose, and an event tells more.
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         folder.mkdir(parents=True, exist_ok=True)
+        # Files are named by the second, and one that goes on within the same second would write into the other.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{first}"
+        while (folder / name).exists():
+            name += "+"
+        self._file = _File(folder / name)
         # Also at the start: a command that died before its first checkpoint may have left values behind.
-        # Files are named by the second, and one that goes on within the same second would overwrite the other.
-        self._writer = SummaryWriter(
-            str(folder), purge_step=first + 1, flush_secs=FLUSH_SECONDS, filename_suffix=f".{first}"
-        )
+        purge = self._record(step=first + 1, session_log=SessionLog(status=SessionLog.START))
+        self._file.add(self._record(file_version="brain.Event:2") + purge)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, float(value), step)
+        scalars = (self._summary.scalar(name, float(value)) for name, value in values.items())
+        self._file.add(b"".join(self._record(step=step, summary=scalar) for scalar in scalars))
 
     def event(self, step: int, kind: str, message: str) -> None:
-        self._writer.add_text(f"event/{kind}", message, step)
+        self._file.add(self._record(step=step, summary=self._summary.text(f"event/{kind}", message)))
+
+    def _record(self, **fields: Any) -> bytes:
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = self._event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(data))  # a TFRecord: length, its checksum, the message, its checksum
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+        return length + sums[0] + data + sums[1]
 
     def close(self, *, failed: bool) -> None:
-        self._writer.close()
+        self._file.close()
 
 
 class _Wandb:

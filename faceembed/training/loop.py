@@ -22,7 +22,7 @@ from tqdm import tqdm
 from faceembed import checkpoint, config, embed, evaluate, losses, metrics, preprocess, report
 from faceembed import mesh as meshes
 from faceembed.data import augment, crops, pairs, pipeline, sampling, sources
-from faceembed.training import diagnostics, logs, transfer
+from faceembed.training import diagnostics, interrupts, logs, transfer
 from faceembed.training import step as steps
 
 AHEAD = 8
@@ -36,6 +36,7 @@ def train(
     devices: int | None = None,
     shard_optimizer: bool = False,
     skip_bad_steps: int = 20,
+    skip_bad_photos: int = 10,
     profile: tuple[int, int] | None = None,
     wandb: str | None = None,
     command: str | None = None,
@@ -50,6 +51,8 @@ def train(
       devices: how many devices the batch is divided over; None takes all.
       shard_optimizer: divide the optimizer's state and the averages over the devices, see `mesh.state_sharding`.
       skip_bad_steps: more updates than this that are not finite end the run with an error.
+      skip_bad_photos: photos of training people that do not decode any more are replaced by others of the person; more of
+        them than this end the run with an error.
       profile: (first, last) update to trace with JAX's profiler, into RUN/profile.
       wandb: project on Weights & Biases to log to, too.
       command: what was typed, for the report.
@@ -63,6 +66,8 @@ def train(
       ValueError: the batch does not divide over the devices, the source has too few people, or the run differs.
       FloatingPointError: more than `skip_bad_steps` updates were not finite; the last good checkpoint is named.
       BlockingIOError: another process trains in the run directory.
+      OSError: the last checkpoint could not be saved.
+      interrupts.Stopped: a signal asked for it; everything is saved, and the final report is still to come.
     """
     started = time.perf_counter() if started is None else started
     if wandb:
@@ -89,6 +94,8 @@ def train(
     exclude = experiment.data.exclude
     lines = sources.read_keys(exclude) if exclude else []
     with checkpoint.locked(run):
+        for line in checkpoint.set_aside_damaged(run):
+            print(line)
         checkpoint.check_same(run, experiment)
         # A start that does not fit is told before photos are read; a run that goes on asks nothing of it any more.
         origin = open_origin(experiment, shapes) if experiment.init and not checkpoint.started(run) else None
@@ -168,21 +175,26 @@ def train(
             report.write_text(run / "config.json", config.to_json(experiment))
             record_environment(run, mesh)
 
+            known = checkpoints.data.get("bad_photos", []) if first else []
+            stand_ins = pipeline.StandIns(learn, skip_bad_photos, known)
+
             # ---- the loop ------------------------------------------------------------------------------------------
             host = pipeline.batches(
                 learn, sampler, size=pre.size, margin=experiment.data.margin, start_step=first, steps=experiment.steps,
-                process=jax.process_index(), processes=jax.process_count(),
+                process=jax.process_index(), processes=jax.process_count(), stand_ins=stand_ins,
                 memory_limit_bytes=experiment.data.memory_gb * 1e9, progress=progress,
             ) if first < experiment.steps else iter(())  # fmt: skip
             bar = progress_bar(experiment.steps, first, progress)
             plain = json.loads(config.to_json(experiment))
             writes = jax.process_index() == 0
-            with bar, logs.open_logs(run, first, wandb=wandb, config=plain, writes=writes) as log:
+            stop = interrupts.Interrupts()
+            with bar, stop, logs.open_logs(run, first, wandb=wandb, config=plain, writes=writes) as log:
                 journal = _Journal(
-                    log, bar, make_watch(experiment, log.ongoing), learning_rate, skip_bad_steps, checkpoints
+                    log, bar, make_watch(experiment, log.ongoing), learning_rate, skip_bad_steps, checkpoints, stand_ins
                 )
                 running: collections.deque[jax.Array] = collections.deque()
-                span = _Span(first + 1, finished=first)
+                span = _Span.of_rows(first, checkpoints.data.get("row", []) if first else [])
+                number, stopping = first, False
                 for number, moved in enumerate(meshes.to_devices(host, mesh), start=first + 1):
                     if profile and number == profile[0]:
                         # Without frames of Python: hooking into threads that a save is just ending can crash.
@@ -201,10 +213,11 @@ def train(
                         bar.unpause()  # or the time to compile would be in the time left
                         span.clock, span.finished = time.perf_counter(), number
                     bar.update()
-                    if profile and number == profile[1]:
+                    stopping = stop.should_stop(number)
+                    if profile and profile[0] <= number <= profile[1] and (stopping or number == profile[1]):
                         jax.block_until_ready(state)
                         jax.profiler.stop_trace()
-                        tqdm.write(f"profile of updates {profile[0]} to {profile[1]}: {run / 'profile'}")
+                        tqdm.write(f"profile of updates {profile[0]} to {number}: {run / 'profile'}")
                     save = number % experiment.checkpoint.every == 0 or number == experiment.steps
                     # A save ends a row of the log, so that a run that goes on from it writes the rows it would have
                     # written.
@@ -216,12 +229,22 @@ def train(
                         running.clear()
                         score = select.auc(embed_fn, meshes.replicated(mesh, state.ema))
                         log.write(number, {"select_auc": score})
-                        checkpoints.save(state, experiment, about, score)
+                        checkpoints.save(state, experiment, {**about, "bad_photos": stand_ins.keys(number)}, score)
                         tqdm.write(f"step {number}: AUC {score:.4f} on pairs of {select.people} select people")
                         span = _Span(number + 1, finished=number)
+                    if stopping:
+                        if not save:  # without a score, since a step that nobody asked for must not become the best
+                            journal.flush()
+                            so_far = {"bad_photos": stand_ins.keys(number), "row": span.rows()}
+                            checkpoints.save(state, experiment, {**about, **so_far})
+                        checkpoints.wait()
+                        break
+        if stopping:
+            raise stop.stopped(number)
 
         # ---- verification of people nobody has looked at so far ----------------------------------------------------
-        return evaluate.final_report(run, people_of, progress=progress, command=command)
+        bad_photos = stand_ins.keys(experiment.steps)
+        return evaluate.final_report(run, people_of, bad_photos=bad_photos, progress=progress, command=command)
 
 
 def open_origin(experiment: config.Experiment, shapes: Any) -> embed.Embedder:
@@ -438,9 +461,18 @@ class _Span:
     finished: int
     """Updates that the device was known to have finished when the clock started: it may be AHEAD behind."""
     clock: float = dataclasses.field(default_factory=time.perf_counter)
-    metrics: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
+    metrics: list[Any] = dataclasses.field(default_factory=list)
     last: int = 0
     images_per_s: float = float("nan")
+
+    @classmethod
+    def of_rows(cls, last: int, rows: list[dict[str, float]]) -> "_Span":
+        """A row that `rows()` of an earlier command began: those of the updates up to `last`."""
+        return cls(last + 1 - len(rows), finished=last, metrics=list(rows))
+
+    def rows(self) -> list[dict[str, float]]:
+        """The metrics as JSON can hold them, to the last bit; waits for the device."""
+        return [{name: float(x) for name, x in row.items()} for row in jax.device_get(self.metrics)]
 
 
 @dataclasses.dataclass
@@ -453,6 +485,7 @@ class _Journal:
     learning_rate: Callable[[int], Any]
     skip_bad_steps: int
     checkpoints: checkpoint.Checkpoints
+    stand_ins: pipeline.StandIns
     waiting: _Span | None = None
 
     def close(self, span: _Span, last: int, *, finished: int, batch: int) -> None:
@@ -462,6 +495,14 @@ class _Journal:
         span.images_per_s = timed * batch / (time.perf_counter() - span.clock) if timed > 0 else float("nan")
         self.flush()
         self.waiting = span
+        for at, why in self.stand_ins.news(last):
+            self._event(at + 1, "bad photo", f"{why}; a photo of the same person is shown in its place from here on.")
+        for failure in self.checkpoints.failures():
+            self._event(last, "not saved", f"{failure} The training goes on, and tries again at the next save.")
+
+    def _event(self, step: int, kind: str, message: str) -> None:
+        self.log.event(step, kind, message)
+        tqdm.write(f"step {step}: {message}")
 
     def flush(self) -> None:
         """Writes the row that waits, if any.
@@ -480,8 +521,7 @@ class _Journal:
         active = f", active {row['active']:.0%}" if "active" in row else ""
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}{active}, {span.images_per_s:.0f} img/s")
         for event in self.watch.read(span.first, rows, rate):
-            self.log.event(event.step, event.kind, event.message)
-            tqdm.write(f"step {event.step}: {event.message}")
+            self._event(event.step, event.kind, event.message)
         if skipped > self.skip_bad_steps:
             good = self.checkpoints.latest
             where = f"The last good checkpoint is that of step {good}." if good else "There is no checkpoint yet."
