@@ -56,7 +56,7 @@ def counted(name: str) -> Encoder:
     encoder = embed.build_encoder(experiment)
     images = jax.ShapeDtypeStruct((1, 112, 112, 3), jnp.float32)
     variables = jax.eval_shape(lambda key, x: encoder.init(key, x, train=False), jax.random.key(0), images)
-    analysis = jax.jit(lambda v, x: encoder.apply(v, x, train=False)).lower(variables, images).cost_analysis()
+    analysis = jax.jit(lambda v, x: encoder.apply(v, x, train=False)).lower(variables, images).cost_analysis() or {}
     return Encoder(
         flops=float(analysis["flops"]),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),

@@ -3,7 +3,7 @@
 import collections
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +18,12 @@ CLASS_KERNEL = "class_kernel"
 
 
 def make_mesh(devices: int | None = None) -> Mesh:
-    """A mesh ("data", "model") of all devices, or of the first few; "model" has size 1.
+    """A mesh ("data", "model") of all devices of all processes, or of the first few; "model" has size 1.
 
     Raises:
-      ValueError: if there are fewer devices than asked for.
+      ValueError: if there are fewer devices than asked for, or several processes and not as many devices of each.
     """
-    present = jax.devices()
+    present = by_process(jax.devices())
     if devices is None:
         devices = len(present)
     if not 1 <= devices <= len(present):
@@ -32,8 +32,29 @@ def make_mesh(devices: int | None = None) -> Mesh:
             f"Give 1 to {len(present)}; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={max(devices, 1)} "
             "makes virtual ones."
         )
+    if devices < len(present) and jax.process_count() > 1:
+        raise ValueError(
+            f"--devices is {devices}, and {jax.process_count()} processes have {len(present)}: each process computes on "
+            "all of its own. Leave --devices out, or start fewer processes."
+        )
     # Auto, not make_mesh's default Explicit: with that a plain `emb @ emb.T` raises.
     return jax.make_mesh((devices, 1), (DATA, "model"), (AxisType.Auto,) * 2, devices=present[:devices])
+
+
+def by_process(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Devices in the order of their processes, as `data.sampling.share` divides a batch.
+
+    Raises:
+      ValueError: if one process has more of them than another: their shares of a batch are equal.
+    """
+    count = collections.Counter(device.process_index for device in devices)
+    if len(set(count.values())) > 1:
+        each = ", ".join(f"process {process} has {number}" for process, number in sorted(count.items()))
+        raise ValueError(
+            f"the processes do not have equally many devices: {each}. Each reads an equal share of a batch; let "
+            "CUDA_VISIBLE_DEVICES name as many on every host."
+        )
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def check_batch(mesh: Mesh, people: int, photos: int) -> None:
@@ -75,9 +96,10 @@ def state_sharding(mesh: Mesh, state: Any, *, shard_optimizer: bool = False) -> 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def replicated(mesh: Mesh, tree: Any) -> Any:
-    """The same arrays, whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def gathered(mesh: Mesh, tree: Any) -> Any:
+    """The same arrays, whole, on this process's first device alone: it computes with them without the other processes."""
+    whole = jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda x: x.addressable_data(0), whole)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -15,6 +15,7 @@ ALLOWED = {
     "preprocess": set(),
     "config": {"preprocess"},
     "mesh": set(),
+    "processes": {"faceembed"},
     "mining": set(),
     "losses": {"mining", "tiled"},
     "tiled": {"mining"},
@@ -42,12 +43,12 @@ ALLOWED = {
     },
     "export": {"faceembed", "data", "embed", "encoders"},
     "training.loop": {
-        "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "report",
-        "training.diagnostics", "training.interrupts", "training.logs", "training.step", "training.transfer",
+        "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "processes",
+        "report", "training.diagnostics", "training.interrupts", "training.logs", "training.step", "training.transfer",
     },
     "cli": {
-        "audit", "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "export",
-        "identification", "mesh", "page", "preprocess", "report", "training.interrupts", "training.loop", "verification",
+        "audit", "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "export", "identification",
+        "mesh", "page", "preprocess", "processes", "report", "training.interrupts", "training.loop", "verification",
     },
 }  # fmt: skip
 
@@ -101,6 +102,7 @@ def test_a_module_imports_only_what_its_layer_may(path):
         "identification.protocol",
         "report",
         "plots",
+        "processes",
         "page",
         "data.pairs",
         "data.sources",

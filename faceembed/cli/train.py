@@ -7,11 +7,11 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from faceembed import config
+from faceembed import config, processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,17 @@ class Options:
     """FIRST:LAST, such as 100:110: trace these updates with JAX's profiler, into RUN_DIR/profile."""
     wandb: str | None = None
     """Project on Weights & Biases to log to, beside metrics.jsonl and TensorBoard."""
+    hosts: Literal["auto", "single", "multi"] = "auto"
+    """Processes that train together, one a host: auto takes those that Slurm, Open MPI or an indexed Kubernetes job has
+    started; single trains alone; multi insists on others."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, a free port there: for processes that are started by hand, or where detection is wrong."""
+    num_processes: int | None = None
+    """All processes, with --coordinator."""
+    process_id: int | None = None
+    """Which of them this one is, from 0, with --coordinator."""
+    join_timeout: float = 300.0
+    """Seconds in which all processes must have joined; then each ends with the reason."""
     json: Path | None = None
     """Write the final results there too."""
     progress: bool = True
@@ -67,22 +78,25 @@ def run(arguments: list[str]) -> int:
         # Read when the back end starts, so before JAX is imported.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     use_compilation_cache()
-    from faceembed.training import interrupts, loop
+    with processes.joined(
+        options.hosts, options.coordinator, options.num_processes, options.process_id, join_seconds=options.join_timeout
+    ):
+        from faceembed.training import interrupts, loop
 
-    try:
-        results = loop.train(
-            options.experiment, options.run_dir, devices=options.devices, shard_optimizer=options.shard_optimizer,
-            skip_bad_steps=options.skip_bad_steps, skip_bad_photos=options.skip_bad_photos, profile=profile,
-            wandb=options.wandb, progress=options.progress, started=started,
-            command=shlex.join(["python", "launch.py", "train", *arguments]),
-        )  # fmt: skip
-    except interrupts.Stopped as stopped:
-        print(stopped)
-        return stopped.status
-    if options.json:
-        from faceembed import report
+        try:
+            results = loop.train(
+                options.experiment, options.run_dir, devices=options.devices, shard_optimizer=options.shard_optimizer,
+                skip_bad_steps=options.skip_bad_steps, skip_bad_photos=options.skip_bad_photos, profile=profile,
+                wandb=options.wandb, progress=options.progress, started=started,
+                command=shlex.join(["python", "launch.py", "train", *arguments]),
+            )  # fmt: skip
+        except interrupts.Stopped as stopped:
+            print(stopped)
+            return stopped.status
+        if options.json and results is not None:
+            from faceembed import report
 
-        report.write_json(options.json, results)
+            report.write_json(options.json, results)
     return 0
 
 

@@ -1,6 +1,7 @@
 """The training loop, on one screen: `train` reads from top to bottom."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -19,7 +20,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from faceembed import checkpoint, config, embed, evaluate, losses, metrics, preprocess, report
+from faceembed import checkpoint, config, embed, evaluate, losses, metrics, preprocess, processes, report
 from faceembed import mesh as meshes
 from faceembed.data import augment, crops, pairs, pipeline, sampling, sources
 from faceembed.training import diagnostics, interrupts, logs, transfer
@@ -42,7 +43,7 @@ def train(
     command: str | None = None,
     progress: bool = True,
     started: float | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Trains, or goes on with the training of a run directory, and ends with verification of report people.
 
     Args:
@@ -60,16 +61,19 @@ def train(
       started: `time.perf_counter()` when the command was given, for the time to the first step; now when not given.
 
     Returns:
-      What `results.json` holds: the verification table and where it came from.
+      What `results.json` holds: the verification table and where it came from; None in all processes but the first.
 
     Raises:
-      ValueError: the batch does not divide over the devices, the source has too few people, or the run differs.
+      ValueError: the batch does not divide over the devices, the source has too few people, or the run differs; of
+        several processes one was started otherwise, has other photos or another run directory.
       FloatingPointError: more than `skip_bad_steps` updates were not finite; the last good checkpoint is named.
       BlockingIOError: another process trains in the run directory.
       OSError: the last checkpoint could not be saved.
       interrupts.Stopped: a signal asked for it; everything is saved, and the final report is still to come.
     """
     started = time.perf_counter() if started is None else started
+    leads = jax.process_index() == 0  # it alone evaluates, and writes all but checkpoints
+    progress, profile = progress and leads, profile if leads else None
     if wandb:
         logs.import_wandb()  # what is missing is told before an hour of reading photos
     if experiment.precision == "float64":
@@ -93,9 +97,12 @@ def train(
         )
     exclude = experiment.data.exclude
     lines = sources.read_keys(exclude) if exclude else []
-    with checkpoint.locked(run):
-        for line in checkpoint.set_aside_damaged(run):
-            print(line)
+    with checkpoint.locked(run) if leads else contextlib.nullcontext():
+        if leads:
+            for line in checkpoint.set_aside_damaged(run):
+                print(line)
+        processes.require_shared(run)  # the others wait here until the first one has the lock
+        processes.require_same("flags", {**_shared(experiment), "shard_optimizer": shard_optimizer, "devices": devices})
         checkpoint.check_same(run, experiment)
         # A start that does not fit is told before photos are read; a run that goes on asks nothing of it any more.
         origin = open_origin(experiment, shapes) if experiment.init and not checkpoint.started(run) else None
@@ -114,7 +121,8 @@ def train(
         sampler = sampling.make_sampler(
             learn.identity, people=batch.people, photos=batch.photos, seed=experiment.seed, singletons=batch.singletons
         )
-        select = _Select.read(people_of["select"], pre, progress)
+        select = _Select.read(people_of["select"], pre, progress) if leads else None
+        chosen = len(people_of["select"].people)
         hashes = [evaluate.person_hash(person) for person in learn.people]
         about: dict[str, Any] = {
             "source": photos.source,
@@ -125,6 +133,9 @@ def train(
             "excluded": everything - len(learn),
             "people_hashes": hashes,
         }
+
+        # Also, no process starts with what follows long before the others can.
+        processes.require_same("photos", {"source": photos.source, "photos": len(learn), "fingerprint": content})
 
         # ---- encoder, loss, optimizer, state -----------------------------------------------------------------------
         loss, loss_params = make_loss(experiment)
@@ -172,8 +183,9 @@ def train(
                     f"{experiment.steps}. Try --profile {first + 10}:{first + 12}."
                 )
             # From here on the directory holds a run of this experiment; nothing before has written to it.
-            report.write_text(run / "config.json", config.to_json(experiment))
-            record_environment(run, mesh)
+            if leads:
+                report.write_text(run / "config.json", config.to_json(experiment))
+                record_environment(run, mesh)
 
             known = checkpoints.data.get("bad_photos", []) if first else []
             stand_ins = pipeline.StandIns(learn, skip_bad_photos, known)
@@ -185,10 +197,8 @@ def train(
                 memory_limit_bytes=experiment.data.memory_gb * 1e9, progress=progress,
             ) if first < experiment.steps else iter(())  # fmt: skip
             bar = progress_bar(experiment.steps, first, progress)
-            plain = json.loads(config.to_json(experiment))
-            writes = jax.process_index() == 0
             stop = interrupts.Interrupts()
-            with bar, stop, logs.open_logs(run, first, wandb=wandb, config=plain, writes=writes) as log:
+            with bar, stop, logs.open_logs(run, first, wandb=wandb, config=_plain(experiment), writes=leads) as log:
                 journal = _Journal(
                     log, bar, make_watch(experiment, log.ongoing), learning_rate, skip_bad_steps, checkpoints, stand_ins
                 )
@@ -227,10 +237,11 @@ def train(
                     if save:
                         journal.flush()
                         running.clear()
-                        score = select.auc(embed_fn, meshes.replicated(mesh, state.ema))
+                        ema = meshes.gathered(mesh, state.ema)
+                        score = processes.from_first("score", select.auc(embed_fn, ema) if select else None)
                         log.write(number, {"select_auc": score})
                         checkpoints.save(state, experiment, {**about, "bad_photos": stand_ins.keys(number)}, score)
-                        tqdm.write(f"step {number}: AUC {score:.4f} on pairs of {select.people} select people")
+                        tqdm.write(f"step {number}: AUC {score:.4f} on pairs of {chosen} select people")
                         span = _Span(number + 1, finished=number)
                     if stopping:
                         if not save:  # without a score, since a step that nobody asked for must not become the best
@@ -244,6 +255,8 @@ def train(
 
         # ---- verification of people nobody has looked at so far ----------------------------------------------------
         bad_photos = stand_ins.keys(experiment.steps)
+        if not leads:
+            return None
         return evaluate.final_report(run, people_of, bad_photos=bad_photos, progress=progress, command=command)
 
 
@@ -311,6 +324,16 @@ def start_from(origin: embed.Embedder, name: str, state: steps.TrainState) -> tu
         "afresh": afresh,
         "init": origin.data.get("init"),
     }
+
+
+def _plain(experiment: config.Experiment) -> dict[str, Any]:
+    return json.loads(config.to_json(experiment))
+
+
+def _shared(experiment: config.Experiment) -> dict[str, Any]:
+    """What all processes must have alike; where photos lie on a host, and how much memory it has, is its own."""
+    data = dataclasses.replace(experiment.data, data_dir=None, memory_gb=1.0, exclude=None)
+    return _plain(dataclasses.replace(experiment, data=data))
 
 
 def _typed(value: Any) -> str:
@@ -429,7 +452,6 @@ class _Select:
     first: np.ndarray
     second: np.ndarray
     same: np.ndarray
-    people: int
 
     @classmethod
     def read(cls, photos: sources.Photos, pre: preprocess.Preprocess, progress: bool) -> "_Select":
@@ -438,7 +460,7 @@ class _Select:
         used, place = np.unique(np.stack(pairs.resolve(chosen, photos)), return_inverse=True)
         images = pipeline.decode_all(sources.select(photos, used), pre.size, progress=progress)
         first, second = place.reshape(2, -1)
-        return cls(images, first, second, chosen.same, len(photos.people))
+        return cls(images, first, second, chosen.same)
 
     def auc(self, embed_fn: embed.EmbedFn, variables: Any) -> float:
         emb = embed.embed_all(embed_fn, variables, self.crops)
@@ -568,11 +590,12 @@ def record_environment(run: Path, mesh: Any) -> None:
         "python": platform.python_version(),
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
+        "processes": jax.process_count(),
         "processor": processor(),
         "deterministic": "xla_gpu_deterministic_ops=true" in os.environ.get("XLA_FLAGS", ""),
     }
     path = run / "environment.json"
-    before = json.loads(path.read_text()) if path.exists() else now
+    before = {"processes": 1, **json.loads(path.read_text())} if path.exists() else now
     changed = [f"{name} {before.get(name)} → {value}" for name, value in now.items() if before.get(name) != value]
     if changed:
         print(f"note: {', '.join(changed)}: the run goes on, but not bit for bit as it would have.")
