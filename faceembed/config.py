@@ -225,6 +225,8 @@ class Triplet:
     """Embeddings of earlier batches that are kept as more negatives (Wang et al. 2020); 0 for none."""
     memory_after: int = 0
     """Updates before they are used: at first an encoder changes too fast for its old embeddings to mean much."""
+    groups: int = 1
+    """The batch is mined in so many separate parts, as that many devices would that do not gather; an ablation."""
 
     def __post_init__(self) -> None:
         if self.tile is not None and self.tile < 0:
@@ -234,6 +236,15 @@ class Triplet:
         for name, usual in (("memory", "--loss.memory 4096"), ("memory_after", "--loss.memory-after 1000")):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}: it counts from 0. Try {usual}.")
+        if self.groups < 1:
+            raise ValueError(
+                f"loss.groups is {self.groups}: it counts from 1, the whole batch mined together. Try --loss.groups 1."
+            )
+        if self.groups > 1 and self.memory:
+            raise ValueError(
+                f"loss.groups is {self.groups} and loss.memory {self.memory}: parts that are mined alone would share "
+                "a memory of all of them. Give one of the two."
+            )
         if not 0 < self.last_share < 1:
             raise ValueError(
                 f"loss.last_share is {self.last_share}: it is a share of the steps, 0 < share < 1. "
@@ -436,6 +447,14 @@ class Experiment:
             raise ValueError(f"steps is {self.steps}: nothing would be trained. Try --steps 1000.")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed is {self.seed}: expected 0 to 2147483647. Try --seed 0.")
+        size = self.batch.people * self.batch.photos
+        if isinstance(self.loss, Triplet) and size % self.loss.groups:
+            multiple = self.loss.groups // math.gcd(self.loss.groups, self.batch.photos)
+            raise ValueError(
+                f"loss.groups is {self.loss.groups}, and a batch of {size} (people={self.batch.people} × "
+                f"photos={self.batch.photos}) does not divide into so many groups. "
+                f"Try --batch.people {-(-self.batch.people // multiple) * multiple}."
+            )
 
 
 def encoder_name(encoder: Encoder) -> str:

@@ -209,6 +209,73 @@ def _slabs_needed(anchors: int, candidates: int, tile: int | None) -> bool:
     return anchors * candidates > TABLE if tile is None else tile > 0
 
 
+def grouped_triplet_loss(
+    emb: Array, identity: Array, *, groups: int, key: Array | None = None, axis_name: AxisName = None, **options: Any
+) -> tuple[Array, dict[str, Array]]:
+    """Triplet loss of a batch that is mined in separate groups, as so many devices would that do not gather.
+
+    The global batch is cut into `groups` contiguous parts of equal size; an anchor meets the photos of its own part
+    alone. The loss is the mean over the groups of each group's `triplet_loss`, a group without triplets counting 0: what
+    averaging the gradients of devices that mine alone descends (DistributedDataParallel). It is the same for any number of
+    real devices. Where `groups` is a multiple of that number no embedding is gathered; where it is not, every device
+    gathers the batch and takes whole groups of it. Groups of one device follow one another.
+
+    A person whose photos lie in two groups is two people with fewer photos each. P×K batches of people with K photos or
+    more keep everybody whole where K divides the group; people with fewer photos, fillers and singletons shift the rest
+    of the batch, and singletons, which stand at its end, all fall to the last groups.
+
+    Args:
+      emb: [b, d] float embeddings of this device.
+      identity: [b] int person ids.
+      groups: G ≥ 1, which divides the global batch; 1 is `triplet_loss`.
+      key: as for `triplet_loss`; each of several groups draws by its own number folded in.
+      axis_name: as for `triplet_loss`.
+      options: the other arguments of `triplet_loss`.
+
+    Returns:
+      (loss, metrics). Metrics are those of `triplet_loss`: triplets is the sum over the groups; every other is the mean of
+      the groups' own, weighted by their triplets, so `active` is the share of all triplets and a quantile is a mean of
+      quantiles.
+
+    Raises:
+      ValueError: the batch does not divide into the groups, or as `triplet_loss`.
+    """
+    if groups == 1:
+        return triplet_loss(emb, identity, key=key, axis_name=axis_name, **options)
+    _check(emb, identity, 0.0)
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    size = devices * emb.shape[0]
+    if groups < 1 or size % groups:
+        near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - groups))
+        raise ValueError(
+            f"groups is {groups}, and a batch of {size} photos does not divide into so many; "
+            f"pass a divisor of {size}, such as {near}."
+        )
+    each = -(-groups // devices)
+    number = jnp.arange(each, dtype=jnp.int32)
+    if axis_name is not None:
+        number += each * lax.axis_index(axis_name)
+    gathers = groups % devices > 0
+    if gathers:
+        emb, identity = (lax.all_gather(x, axis_name, tiled=True) for x in (emb, identity))
+    parts = [x.reshape(-1, size // groups, *x.shape[1:]) for x in (emb, identity)]
+    # The last devices may find no group left; they take one that exists, and it does not count.
+    counts = number < groups
+    if gathers:
+        parts = [x[jnp.where(counts, number, 0)] for x in parts]
+
+    def alone(group: tuple[Array, Array, Array]) -> tuple[Array, dict[str, Array]]:
+        of_group = None if key is None else jax.random.fold_in(key, group[2])
+        return triplet_loss(group[0], group[1], key=of_group, **options)
+
+    values, metrics = lax.map(alone, (*parts, number))
+    triplets = jnp.where(counts, metrics["triplets"], 0)
+    sums = {name: jnp.sum(triplets * x) for name, x in metrics.items()}
+    total, every, sums = _psum((jnp.sum(jnp.where(counts, values, 0)), jnp.sum(triplets), sums), axis_name)
+    means = {name: x / jnp.maximum(every, 1) for name, x in sums.items()}
+    return total / groups, lax.stop_gradient(means | {"triplets": every})
+
+
 def contrastive_loss(
     emb: Array, identity: Array, *, margin: float | Array, axis_name: AxisName = None
 ) -> tuple[Array, dict[str, Array]]:

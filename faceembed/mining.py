@@ -112,8 +112,12 @@ class Layout(NamedTuple):
 
 
 def varying_zeros(layout: Layout, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
-    """[b, *shape] zeros to start a loop with: made from `row`, they vary over devices for shard_map's type check."""
-    zero = jnp.where(layout.row >= 0, jnp.zeros((), dtype), jnp.ones((), dtype))
+    """[b, *shape] zeros to start a loop with: they vary over devices for shard_map's type check.
+
+    They are made from `photos`, which varies where rows do and where identities do: a device that mines alone has the
+    same rows as every other.
+    """
+    zero = jnp.where(layout.batch.photos >= 0, jnp.zeros((), dtype), jnp.ones((), dtype))
     return jnp.broadcast_to(zero.reshape(-1, *(1 for _ in shape)), (*zero.shape, *shape))
 
 

@@ -1,6 +1,7 @@
 """What is measured of a training's health, and what is said of it."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,9 @@ def test_norms_by_group_of_layers():
 def test_active_shares_by_miner_on_a_batch_done_by_hand():
     # On a line: person 0 at 0 and 1, person 1 at 1.5 and 4.5; squared distances, margin 1.
     emb, identity = jnp.array([[0.0], [1.0], [1.5], [4.5]]), jnp.array([0, 0, 1, 1])
-    shares = diagnostics.active_by_miner(losses.gather(emb, identity, None), margin=1.0)
+    shares = diagnostics.active_by_miner(
+        partial(losses.gathered_triplet_loss, margin=1.0), losses.gather(emb, identity, None)
+    )
     # Anchor 0: d(A,P) 1, negatives 2.25 and 20.25: none active. Anchor 1: 1; 0.25 active, 12.25 not; semi-hard takes
     # 12.25. Anchor 2: 9; 2.25 and 0.25 active; nothing is farther than 9, so semi-hard takes 2.25, active. Anchor 3: 9;
     # 20.25 and 12.25: none.
@@ -81,11 +84,15 @@ def test_other_miners_are_measured_for_the_logged_update_alone_and_change_no_gra
 
     @jax.jit
     def at(step):
-        return jax.value_and_grad(lambda e: loss(e, identity, {}, jax.random.key(0), step, None), has_aux=True)(emb)
+        return jax.value_and_grad(lambda e: loss(e, identity, {}, None, jax.random.key(0), step, None), has_aux=True)(
+            emb
+        )
 
     (value, quiet), by_emb = at(jnp.int32(3))
     (logged_value, logged), logged_by_emb = at(jnp.int32(4))
-    expected = diagnostics.active_by_miner(losses.gather(emb, identity, None), margin=0.3)
+    expected = diagnostics.active_by_miner(
+        partial(losses.gathered_triplet_loss, margin=0.3), losses.gather(emb, identity, None)
+    )
     assert all(np.isnan(quiet[name]) for name in expected)
     assert {name: float(logged[name]) for name in expected} == pytest.approx({n: float(x) for n, x in expected.items()})
     assert 0 < float(value) == float(logged_value)
@@ -100,7 +107,7 @@ def test_the_last_part_of_a_training_has_its_own_miner():
 
     @jax.jit
     def scheduled(step):
-        value = lambda e: loss(e, identity, {}, jax.random.key(0), step, None)[0]  # noqa: E731
+        value = lambda e: loss(e, identity, {}, None, jax.random.key(0), step, None)[0]  # noqa: E731
         return jax.value_and_grad(value)(emb)
 
     def mined(miner):

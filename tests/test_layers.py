@@ -31,7 +31,7 @@ ALLOWED = {
     "identification": {
         "data", "embed", "identification", "mesh", "metrics", "page", "plots", "preprocess", "report", "uncertainty",
     },
-    "training.diagnostics": {"losses"},
+    "training.diagnostics": set(),
     "training.interrupts": set(),
     "training.logs": {"report"},
     "training.transfer": {"encoders"},

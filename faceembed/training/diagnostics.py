@@ -13,7 +13,7 @@ to try. Three failures are told apart:
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-
-from faceembed import losses
 
 COLLAPSED_RANK = 1.25
 """Effective rank below which an update counts as collapsed: a mean squared distance of some 0.2 between photos."""
@@ -65,16 +63,17 @@ def group_norms(grads: Mapping[str, Any]) -> dict[str, Array]:
     return {f"grad_norm/{name}": optax.tree.norm(parts) for name, parts in groups.items()}
 
 
-def active_by_miner(batch: losses.Gathered, **options: Any) -> dict[str, Array]:
+def active_by_miner(mine: Callable[..., tuple[Array, dict[str, Array]]], batch: Any) -> dict[str, Array]:
     """The share of active triplets that each kind of mining would find in this batch, {"active_MINER": []}.
 
     Where `semi_hard` finds none, `active_hardest` says whether a harder miner still would; `active_all` is the share
-    of all triplets. Arguments as in `losses.gathered_triplet_loss`.
+    of all triplets.
+
+    Args:
+      mine: (batch, miner=NAME) → (loss, metrics), such as `losses.gathered_triplet_loss` with its options.
+      batch: what it takes.
     """
-    return {
-        f"active_{miner}": losses.gathered_triplet_loss(batch, miner=miner, **options)[1]["active"]
-        for miner in ("hardest", "semi_hard", "all")
-    }
+    return {f"active_{miner}": mine(batch, miner=miner)[1]["active"] for miner in ("hardest", "semi_hard", "all")}
 
 
 def measure(

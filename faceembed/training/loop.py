@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -395,19 +396,27 @@ def _triplet(loss: config.Triplet, *, total: int, log: int) -> steps.LossFn:
     def triplet(emb: jax.Array, identity: jax.Array, _: Any, memory: Any, key: jax.Array, step: jax.Array, axis: Any):
         if memory is not None:
             memory = memory._replace(filled=memory.filled & (step >= loss.memory_after))
-        options: dict[str, Any] = {"margin": loss.margin, "axis_name": axis, "tile": loss.tile, "memory": memory}
+        options: dict[str, Any] = {"margin": loss.margin, "axis_name": axis, "key": key, "tile": loss.tile}
+        batch: Any
+        mine: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+        if loss.groups == 1:
+            # Gathered once for all that mine: what follows differs in what it does with the same embeddings.
+            batch = losses.gather(emb, identity, axis)
+            mine = partial(losses.gathered_triplet_loss, memory=memory, **options)
+        else:
+            batch = emb, identity
+            mine = lambda batch, miner: losses.grouped_triplet_loss(  # noqa: E731
+                *batch, groups=loss.groups, miner=miner, **options
+            )
 
-        # Once for all that mine: what follows differs in what it does with the same embeddings.
-        batch = losses.gather(emb, identity, axis)
-
-        def mined(miner: str) -> Callable[[losses.Gathered], tuple[jax.Array, dict[str, jax.Array]]]:
-            return lambda batch: losses.gathered_triplet_loss(batch, miner=miner, key=key, **options)
+        def mined(miner: str) -> Callable[[Any], tuple[jax.Array, dict[str, jax.Array]]]:
+            return lambda batch: mine(batch, miner=miner)
 
         if loss.last_miner in (None, loss.miner):
             value, measured = mined(loss.miner)(batch)
         else:
             value, measured = jax.lax.cond(step < last_part, mined(loss.miner), mined(loss.last_miner), batch)
-        share = lambda batch: diagnostics.active_by_miner(batch, **options)  # noqa: E731
+        share = partial(diagnostics.active_by_miner, mine)
         shares = jax.eval_shape(share, batch)
         unknown = lambda batch: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shares)  # noqa: E731
         # Three miners cost more than one: only for the update whose row is logged.
