@@ -22,6 +22,7 @@ _NAMES = {
     "triplet_loss": ("faceembed.losses", "triplet_loss"),
     "contrastive_loss": ("faceembed.losses", "contrastive_loss"),
     "pair_logistic_loss": ("faceembed.losses", "pair_logistic_loss"),
+    "margin_softmax_loss": ("faceembed.margin_softmax", "margin_softmax_loss"),
     "train": ("faceembed.training.loop", "train"),
     "verify": ("faceembed.verification", None),
     "identify": ("faceembed.identification", None),

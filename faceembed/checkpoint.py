@@ -528,7 +528,7 @@ def _damaged(step: Path, reason: str) -> str:
 
 
 def read_evaluation(path: Path) -> tuple[configs.Experiment, dict[str, Any], dict[str, Any]]:
-    """Reads what evaluation needs of a checkpoint, and nothing of the optimizer.
+    """Reads what evaluation needs of a checkpoint: nothing of the optimizer, nor of a loss that has millions of weights.
 
     Args:
       path: a run directory (its best step is taken) or a step directory.
@@ -550,14 +550,19 @@ def read_evaluation(path: Path) -> tuple[configs.Experiment, dict[str, Any], dic
     with contextlib.closing(facts), contextlib.closing(arrays):
         experiment = configs.from_json(facts.restore(step / "config")["json"])
         data = facts.restore(step / "data")
-        ema = _as_numpy(arrays, step / "params")["ema"]
+        ema = _as_numpy(arrays, step / "params", only="ema")["ema"]
     return experiment, {"params": ema["params"], "batch_stats": ema["batch_stats"]}, data
 
 
-def _as_numpy(arrays: ocp.PyTreeCheckpointHandler, item: Path) -> Any:
+def _as_numpy(arrays: ocp.PyTreeCheckpointHandler, item: Path, only: str | None = None) -> Any:
+    """An item's arrays, or those of one of its entries: the others are not read."""
     abstract = arrays.metadata(item).tree
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
-    return arrays.restore(item, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+    as_numpy = partial(jax.tree.map, lambda _: ocp.RestoreArgs(restore_type=np.ndarray))
+    if only is None:
+        return arrays.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy(abstract)))
+    part = {only: abstract[only]}
+    wanted = ocp.args.PyTreeRestore(item=part, restore_args=as_numpy(part), partial_restore=True)
+    return arrays.restore(item, args=wanted)
 
 
 def fingerprint(tree: Any) -> str:

@@ -275,6 +275,54 @@ class PairLogistic:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CosFace:
+    """Softmax over all training people, the own cosine lowered by a margin (Wang et al. 2018)."""
+
+    scale: float = 64.0
+    """s that multiplies cosines. The paper's 64 is for millions of photos; a small network with thousands may want less."""
+    margin: float = 0.35
+    """m taken off the own cosine; the paper's, and 0 is none. Start lower where the loss does not fall."""
+    sample: float = 1.0
+    """Share of the people that serve as negatives in an update, beside those of the batch (Partial FC, An et al. 2022)."""
+
+    def __post_init__(self) -> None:
+        _check_margin_softmax(self.scale, self.sample)
+        if not 0 <= self.margin < 1:
+            raise ValueError(
+                f"loss.margin is {self.margin}: it is taken off a cosine, 0 ≤ margin < 1. Try --loss.margin 0.35."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArcFace:
+    """Softmax over all training people, the own angle enlarged by a margin (Deng et al. 2019)."""
+
+    scale: float = 64.0
+    """s that multiplies cosines. The paper's 64 is for millions of photos; a small network with thousands may want less."""
+    margin: float = 0.5
+    """m added to the own angle, in radians; the paper's, and 0 is none. Start lower where the loss does not fall."""
+    sample: float = 1.0
+    """Share of the people that serve as negatives in an update, beside those of the batch (Partial FC, An et al. 2022)."""
+
+    def __post_init__(self) -> None:
+        _check_margin_softmax(self.scale, self.sample)
+        if not 0 <= self.margin < math.pi / 2:
+            raise ValueError(
+                f"loss.margin is {self.margin}: it is an angle in radians, 0 ≤ margin < 1.57. Try --loss.margin 0.5."
+            )
+
+
+def _check_margin_softmax(scale: float, sample: float) -> None:
+    if not 0 < scale < math.inf:
+        raise ValueError(f"loss.scale is {scale}: it multiplies cosines, 0 < scale. Try --loss.scale 64.")
+    if not 0 < sample <= 1:
+        raise ValueError(
+            f"loss.sample is {sample}: it is the share of people that serve as negatives, 0 < sample ≤ 1. "
+            "Try --loss.sample 1, which takes all, or 0.1."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019)."""
 
@@ -397,7 +445,7 @@ class Checkpoint:
 
 
 Encoder = ConvNet | MobileFaceNet | IResNet | InceptionResNetV1 | ViT | DlibResNet
-Loss = Triplet | Contrastive | PairLogistic
+Loss = Triplet | Contrastive | PairLogistic | CosFace | ArcFace
 Optimizer = AdamW | SGD
 
 # `--encoder NAME`, `--loss NAME`, `--optimizer NAME` put another member into the union.
@@ -410,7 +458,13 @@ CHOICES: dict[str, dict[str, Any]] = {
         "vit": ViT(),
         "dlib_resnet": DlibResNet(),
     },
-    "loss": {"triplet": Triplet(), "contrastive": Contrastive(), "pair_logistic": PairLogistic()},
+    "loss": {
+        "triplet": Triplet(),
+        "contrastive": Contrastive(),
+        "pair_logistic": PairLogistic(),
+        "cosface": CosFace(),
+        "arcface": ArcFace(),
+    },
     "optimizer": {"adamw": AdamW(), "sgd": SGD()},
 }
 
@@ -478,7 +532,7 @@ _TYPES = {
     cls.__name__: cls
     for cls in (
         Experiment, Data, Preprocess, Batch, ConvNet, MobileFaceNet, IResNet, InceptionResNetV1, ViT, DlibResNet, Triplet,
-        Contrastive, PairLogistic, AdamW, SGD, Schedule, Augment, Checkpoint,
+        Contrastive, PairLogistic, CosFace, ArcFace, AdamW, SGD, Schedule, Augment, Checkpoint,
     )
 }  # fmt: skip
 

@@ -770,7 +770,13 @@ _PANELS: Mapping[str, Sequence[_Panel]] = {
         _Panel(
             "select-auc", "AUC on pairs of select people", {"select_auc": ""}, note="It chooses the best checkpoint."
         ),
-        _Panel("accuracy", "Accuracy on the batch's pairs", {"accuracy": ""}, "%", percent=True),
+        _Panel("accuracy", "Accuracy on the batch", {"accuracy": ""}, "%", percent=True),
+        _Panel(
+            "cosines",
+            "Cosines to the training people",
+            {"cos_target": "the own person", "cos_other": "the closest other"},
+            note="Learning pulls the own person above every other.",
+        ),
     ),
     "Triplets and embeddings": (
         _Panel(

@@ -59,11 +59,13 @@ def test_a_cut_off_config_is_named():
 
 def test_names_agree_with_the_registries():
     from faceembed.encoders import ENCODERS
+    from faceembed.margin_softmax import MARGINS
     from faceembed.mining import MINERS
 
     miner = typing.get_type_hints(config.Triplet)["miner"]
     assert set(typing.get_args(miner)) == set(MINERS)
     assert set(CHOICES["encoder"]) == set(ENCODERS)
+    assert {"cosface", "arcface"} == set(MARGINS) <= set(CHOICES["loss"])
     from faceembed.data.sources import SOURCES
 
     assert {*config.SOURCES, "folder:PATH"} == set(SOURCES)
@@ -124,6 +126,10 @@ def test_an_encoder_has_one_set_of_defaults(name):
         (lambda: config.AdamW(b2=2.0), "--optimizer.b2 0.999"),
         (lambda: config.SGD(momentum=3.0), "--optimizer.momentum"),
         (lambda: config.Triplet(margin=float("inf")), "--loss.margin"),
+        (lambda: config.CosFace(margin=1.0), "0 ≤ margin < 1. Try --loss.margin 0.35"),
+        (lambda: config.CosFace(scale=0), "--loss.scale 64"),
+        (lambda: config.ArcFace(margin=1.6), "an angle in radians"),
+        (lambda: config.ArcFace(sample=0), "0 < sample ≤ 1. Try --loss.sample"),
         (lambda: config.ConvNet(dim=0), "--encoder.dim"),
         (lambda: config.IResNet(dim=-1), "--encoder.dim"),
         (lambda: config.IResNet(dropout=1.0), "--encoder.dropout"),

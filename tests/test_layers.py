@@ -19,6 +19,7 @@ ALLOWED = {
     "mining": set(),
     "losses": {"mining", "tiled"},
     "tiled": {"mining"},
+    "margin_softmax": {"losses", "mesh"},
     "encoders": {"config", "encoders", "preprocess"},
     "data": {"data", "preprocess", "report"},
     "metrics": set(),
@@ -43,8 +44,9 @@ ALLOWED = {
     },
     "export": {"faceembed", "data", "embed", "encoders"},
     "training.loop": {
-        "checkpoint", "config", "data", "embed", "evaluate", "losses", "mesh", "metrics", "preprocess", "processes",
-        "report", "training.diagnostics", "training.interrupts", "training.logs", "training.step", "training.transfer",
+        "checkpoint", "config", "data", "embed", "evaluate", "losses", "margin_softmax", "mesh", "metrics", "preprocess",
+        "processes", "report", "training.diagnostics", "training.interrupts", "training.logs", "training.step",
+        "training.transfer",
     },
     "cli": {
         "audit", "checkpoint", "cli", "config", "data", "embed", "encoders", "evaluate", "export", "identification",

@@ -36,7 +36,7 @@ def batches(count=STEPS, seed=0):
 def build(experiment, devices, views=None, loss=None, shard_optimizer=False):
     mesh = meshes.make_mesh(devices)
     encoder = embed.build_encoder(experiment)
-    chosen, loss_params = loop.make_loss(experiment)
+    chosen, loss_params = loop.make_loss(experiment, classes=102, mesh=mesh)
     schedule = experiment.schedule
     optimizer, _ = steps.make_optimizer(
         optax.scale_by_adam(), learning_rate=schedule.learning_rate, warmup=schedule.warmup, steps=experiment.steps,
@@ -76,7 +76,7 @@ def replace(experiment, **changes):
     return dataclasses.replace(experiment, **changes)
 
 
-@pytest.mark.parametrize("loss", ["triplet", "pair_logistic"])
+@pytest.mark.parametrize("loss", ["triplet", "pair_logistic", "arcface"])
 def test_eight_devices_take_the_steps_of_one_float32(loss):
     experiment = replace(TINY, loss=config.CHOICES["loss"][loss])
     one, one_state = trajectory(experiment, 1)

@@ -21,6 +21,7 @@ from faceembed import report
 BENCHMARKS = (
     "loss",
     "tiled",
+    "margin_softmax",
     "encoders",
     "layers",
     "step",

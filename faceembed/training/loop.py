@@ -21,7 +21,18 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from faceembed import checkpoint, config, embed, evaluate, losses, metrics, preprocess, processes, report
+from faceembed import (
+    checkpoint,
+    config,
+    embed,
+    evaluate,
+    losses,
+    margin_softmax,
+    metrics,
+    preprocess,
+    processes,
+    report,
+)
 from faceembed import mesh as meshes
 from faceembed.data import augment, crops, pairs, pipeline, sampling, sources
 from faceembed.training import diagnostics, interrupts, logs, transfer
@@ -82,6 +93,8 @@ def train(
     pre, batch, schedule = experiment.preprocess, experiment.batch, experiment.schedule
     mesh = meshes.make_mesh(devices)
     meshes.check_batch(mesh, batch.people, batch.photos)
+    if isinstance(experiment.loss, config.CosFace | config.ArcFace):
+        margin_softmax.check_devices(mesh.shape[meshes.DATA])
     encoder = embed.build_encoder(experiment)
     # A size that the encoder cannot take is told before photos are read.
     images = jnp.zeros((1, pre.size, pre.size, 3), jnp.float32)
@@ -139,7 +152,7 @@ def train(
         processes.require_same("photos", {"source": photos.source, "photos": len(learn), "fingerprint": content})
 
         # ---- encoder, loss, optimizer, state -----------------------------------------------------------------------
-        loss, loss_params = make_loss(experiment)
+        loss, loss_params = make_loss(experiment, classes=len(learn.people), mesh=mesh)
         optimizer, learning_rate = steps.make_optimizer(
             _rule(experiment.optimizer), learning_rate=schedule.learning_rate, warmup=schedule.warmup,
             steps=experiment.steps, weight_decay=schedule.weight_decay, clip_norm=schedule.clip_norm, by_layer=by_layer,
@@ -363,10 +376,17 @@ def leave_out(named: np.ndarray, photos: sources.Photos, learn: sources.Photos) 
     return sources.select(learn, kept), sources.fingerprint_of(learn.keys[~kept], learn.people, photos.fingerprint)
 
 
-def make_loss(experiment: config.Experiment) -> tuple[steps.LossFn, Any]:
+def make_loss(
+    experiment: config.Experiment, *, classes: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[steps.LossFn, Any]:
     """An experiment's loss as (see `steps.LossFn`, its initial parameters).
 
     A triplet loss also measures, for each row of the log, the share of active triplets that other miners would find.
+
+    Args:
+      experiment: names the loss.
+      classes: training people; only losses with a class kernel need it, and
+      mesh: over which its rows are divided.
     """
     loss = experiment.loss
     match loss:
@@ -380,6 +400,15 @@ def make_loss(experiment: config.Experiment) -> tuple[steps.LossFn, Any]:
             return lambda emb, identity, params, _, __, ___, axis: losses.pair_logistic_loss(
                 emb, identity, params, axis_name=axis
             ), losses.init_pair_logistic(experiment.encoder.dim)
+        case config.CosFace() | config.ArcFace():
+            if classes is None or mesh is None:
+                raise ValueError(f"{type(loss).__name__} has a row for each training person: give classes and mesh.")
+            people, kind = classes, "cosface" if isinstance(loss, config.CosFace) else "arcface"
+            kernel = margin_softmax.init_class_kernel(people, experiment.encoder.dim, seed=experiment.seed, mesh=mesh)
+            return lambda emb, identity, params, _, key, __, axis: margin_softmax.margin_softmax_loss(
+                emb, identity, params[meshes.CLASS_KERNEL], classes=people, kind=kind, key=key, axis_name=axis,
+                **dataclasses.asdict(loss),
+            ), {meshes.CLASS_KERNEL: kernel}  # fmt: skip
 
 
 def make_memory(experiment: config.Experiment, dtype: Any = jnp.float32) -> losses.Memory | None:
