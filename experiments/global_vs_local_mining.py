@@ -86,6 +86,7 @@ class Run:
     def experiment(self) -> config.Experiment:
         size = DEVICES * self.each
         steps = self.photos // size
+        assert isinstance(BASE.loss, config.Triplet)
         return dataclasses.replace(
             BASE,
             seed=self.seed,
@@ -425,9 +426,9 @@ def main() -> None:
 
     use_compilation_cache()
     if flags.rates:
-        trainer = Trainer()
+        tuned = Trainer()
         for rate in RATES:
-            found = trainer.run(Run(each=16, arm="global", seed=TUNING_SEED, rate=rate), ("select",))
+            found = tuned.run(Run(each=16, arm="global", seed=TUNING_SEED, rate=rate), ("select",))
             print(f"learning rate {rate:g}: AUC {found['select_auc']:.4f} on select people", flush=True)
         return
     runs = grid(flags.seeds, flags.batches)
@@ -435,7 +436,7 @@ def main() -> None:
         runs, flags.runs, flags.out = grid((0, 1), (8,), 640), flags.runs / "quick", flags.runs / "quick"
     path = {run.name: flags.runs / f"{run.name}.json" for run in runs}
     missing = [run for run in runs if not path[run.name].exists()]
-    trainer = Trainer() if missing else None
+    trainer: Trainer | None = Trainer() if missing else None
     for run in missing:
         assert trainer is not None
         found = trainer.run(run)

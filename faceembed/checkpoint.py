@@ -24,6 +24,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 

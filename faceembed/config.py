@@ -14,7 +14,9 @@ from typing import Any, Literal
 from faceembed.preprocess import Preprocess
 
 SOURCES = ("synthetic", "celeba", "lfw", "celeba_lfw")
-"""Sources that go by a name of their own; the others are folder:PATH."""
+"""Sources that go by a name of their own."""
+FORMS = ("folder:PATH", "insightface:PATH", "prepared:NAME")
+"""Sources that say which one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class Data:
 
     source: str = "synthetic"
     """synthetic | celeba | lfw | celeba_lfw (CelebA and the people of LFW's peopleDevTrain) | folder:PATH (one folder a
-    person)."""
+    person) | insightface:PATH (train.rec) | prepared:NAME (what data prepare insightface wrote)."""
     data_dir: str | None = None
     """Where prepared sets are kept; $FACEEMBED_DATA or ~/.cache/faceembed/data when not given."""
     people: int = 400
@@ -41,11 +43,16 @@ class Data:
     def __post_init__(self) -> None:
         # Only the form is checked: a checkpoint's config must load where its photos are not.
         kind, _, path = self.source.partition(":")
-        if self.source not in SOURCES and not (kind == "folder" and path):
-            near = difflib.get_close_matches(kind, SOURCES, 1)
+        if self.source not in SOURCES and not (path and kind in [form.partition(":")[0] for form in FORMS]):
+            examples = {
+                "folder": "folder:/photos",
+                "insightface": "insightface:/ms1mv3/train.rec",
+                "prepared": "prepared:ms1mv3",
+            }
+            near = difflib.get_close_matches(kind, [*SOURCES, *examples], 1) or ["folder"]
             raise ValueError(
-                f"data.source is {self.source!r}, which is not one of {', '.join(SOURCES)}, folder:PATH. "
-                f"Try --data.source {near[0] if near else 'folder:/photos'}."
+                f"data.source is {self.source!r}, which is not one of {', '.join((*SOURCES, *FORMS))}. "
+                f"Try --data.source {examples.get(near[0], near[0])}."
             )
         if self.people < 1 or self.photos < 1:
             raise ValueError(

@@ -68,7 +68,7 @@ def test_names_agree_with_the_registries():
     assert {"cosface", "arcface"} == set(MARGINS) <= set(CHOICES["loss"])
     from faceembed.data.sources import SOURCES
 
-    assert {*config.SOURCES, "folder:PATH"} == set(SOURCES)
+    assert {*config.SOURCES, *config.FORMS} == set(SOURCES)
     for name, member in CHOICES["encoder"].items():
         assert config.encoder_name(member) == name
 
@@ -117,6 +117,8 @@ def test_an_encoder_has_one_set_of_defaults(name):
         (lambda: config.Data(margin=0.5), "--data.margin"),
         (lambda: config.Data(source="celebb"), "--data.source celeba"),
         (lambda: config.Data(source="folder:"), "--data.source folder:/photos"),
+        (lambda: config.Data(source="insightfaces:/x"), "--data.source insightface:/ms1mv3/train.rec"),
+        (lambda: config.Data(source="prepared"), "--data.source prepared:ms1mv3"),
         (lambda: config.Data(people=0), "--data.people"),
         (lambda: config.Data(memory_gb=float("nan")), "--data.memory-gb"),
         (lambda: config.Schedule(weight_decay=float("nan")), "--schedule.weight-decay"),

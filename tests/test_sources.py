@@ -388,7 +388,14 @@ def test_synthetic_is_rendered_once_when_first_read(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "options", "error", "message"),
     [
-        ("celba", {}, ValueError, "is not one of celeba, lfw, celeba_lfw, synthetic, folder:PATH"),
+        (
+            "celba",
+            {},
+            ValueError,
+            "is not one of celeba, lfw, celeba_lfw, synthetic, folder:PATH, insightface:PATH, prepared:",
+        ),
+        ("insightface", {}, ValueError, "is not one of"),
+        ("prepared:", {}, ValueError, "is not one of"),
         ("folder", {}, ValueError, "is not one of"),
         ("folder:", {}, ValueError, "is not one of"),
         ("celeba:x", {}, ValueError, "is not one of"),

@@ -299,6 +299,52 @@ def test_a_folder_of_photos_is_trained_on_whatever_lies_in_it(tmp_path):
     assert min(losses) > 0
 
 
+def test_of_select_people_only_the_photos_in_pairs_are_kept_in_memory(noise_photos):
+    from faceembed.data import pairs
+    from faceembed.preprocess import Preprocess
+    from faceembed.training import loop
+
+    select = loop._Select.read(noise_photos, Preprocess(size=16), progress=False)
+    chosen = pairs.heldout(noise_photos, "select")
+    assert len(select.crops) == pairs.used(chosen, noise_photos).sum() < len(noise_photos)
+    place = {str(key): index for index, key in enumerate(noise_photos.keys)}
+    for keys, rows in ((chosen.key_a, select.first), (chosen.key_b, select.second)):
+        expected = np.stack([noise_photos.read(place[str(key)]) for key in keys])
+        np.testing.assert_array_equal(select.crops[rows], expected)
+    assert select.people == len(noise_photos.people)
+
+
+def test_insightfaces_rec_is_trained_on_as_it_is(tmp_path):
+    """Read as it is used, never whole; and the set that it is converted to has the same people in the same halves."""
+    import io
+
+    from PIL import Image
+    from recordio_writer import write_set
+
+    from faceembed.data import builders, sources, splits, synthetic
+
+    people, photos = [], synthetic.render_all(1, 120, 3, 32).reshape(120, 3, 32, 32, 3)
+    for person in photos:
+        files = [io.BytesIO() for _ in person]
+        for file, pixels in zip(files, person, strict=True):
+            Image.fromarray(pixels).save(file, "JPEG", quality=90)
+        people.append([file.getvalue() for file in files])
+    rec = write_set(tmp_path / "set" / "train.rec", people)
+    (tmp_path / "set" / "property").write_text("120,32,32\n")
+    more = ("--data.source", f"insightface:{rec}", "--data.data-dir", str(tmp_path / "data"), "--data.memory-gb", "0")
+    printed = finish(start(tmp_path / "run", *more, "--preprocess.template", "arcface", "--steps", "4"))
+    assert "verification of" in printed
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    losses = [row["loss"] for row in metrics_of(tmp_path / "run") if "loss" in row]
+    assert min(losses) > 0
+    assert "no names" not in json.dumps(results)
+
+    builders.prepare("insightface", archives=[rec], data_dir=tmp_path / "data", progress=False)
+    options = {"data_dir": tmp_path / "data", "progress": False}
+    here, there = (sources.open_source(source, **options) for source in (f"insightface:{rec}", "prepared:set"))
+    np.testing.assert_array_equal(splits.split_of(here.people), splits.split_of(there.people))
+
+
 # ---- the checkpoint in use ---------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ BENCHMARKS = (
     "step",
     "inference",
     "reading",
+    "records",
     "growth",
     "verification",
     "pretrained",

@@ -17,7 +17,7 @@ Bar: none; memory a device must fall with the devices, and with "sample" what is
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def make(
             return jax.lax.pmean((value, metrics), axis)
 
     draw = np.random.default_rng(0)
-    host = {
+    host: dict[str, np.ndarray] = {
         "image": draw.integers(0, 256, (BATCH, SIZE + 2, SIZE + 2, 3), dtype=np.uint8),
         "identity": draw.integers(0, classes, BATCH, dtype=np.int32),
         "slot": np.arange(BATCH, dtype=np.int32),
@@ -84,7 +84,7 @@ def make(
     )
     kept = [jax.device_put(state, shardings)]
     del state
-    program = update.lower(kept[0], moved).compile()
+    program = cast(jax.stages.Wrapped, update).lower(kept[0], moved).compile()
     rows = [
         leaf.addressable_shards[0].data.nbytes
         for path, leaf in jax.tree_util.tree_leaves_with_path(kept[0])

@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> None:
     )
     crops.require(options.detector)
     name = options.source
-    if name not in sources.SOURCES and not name.startswith("folder:"):
+    if name not in sources.SOURCES and not name.startswith(("folder:", "insightface:", "prepared:")):
         name = f"folder:{name}"
     photos = sources.open_source(name, data_dir=options.data_dir, progress=options.progress)
     if photos.template is not None:

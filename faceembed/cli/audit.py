@@ -30,7 +30,7 @@ class Options:
     """
 
     name: Annotated[str, tyro.conf.Positional]
-    """celeba | lfw | celeba_lfw | folder:PATH."""
+    """celeba | lfw | celeba_lfw | folder:PATH | insightface:PATH | prepared:NAME."""
     checkpoint: Path = Path("dlib")
     """Whose embeddings judge: a run directory, a step of one, or dlib. It should not have learned from these labels."""
     embeddings: Path | None = None

@@ -19,16 +19,19 @@ from faceembed.cli import audit
 class Prepare:
     """Build a set of photos once, from its archives."""
 
-    name: Annotated[Literal["celeba", "lfw"], tyro.conf.Positional]
-    """celeba | lfw."""
+    name: Annotated[Literal["celeba", "lfw", "insightface"], tyro.conf.Positional]
+    """celeba | lfw | insightface (a train.rec, such as MS1MV3's)."""
     archive: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """tar, tar.gz, zip or an unpacked folder; several for celeba. lfw is downloaded when none is given."""
+    """tar, tar.gz, zip or an unpacked folder; several for celeba. lfw is downloaded when none is given. insightface:
+    PATH/train.rec."""
     identities: str | None = None
     """celeba: identity_CelebA.txt, an image name and the person's number a line."""
     pairs_dir: str | None = None
     """lfw: folder of pairsDevTrain.txt and the like, if not beside the archive."""
     align: bool = False
     """celeba: find and align the faces in archives that are not aligned."""
+    save_as: str | None = None
+    """insightface: NAME of the source prepared:NAME; the name of the folder that holds the .rec when not given."""
     data_dir: str | None = None
     """Where prepared sets are kept; $FACEEMBED_DATA or ~/.cache/faceembed/data when not given."""
     overwrite: bool = False
@@ -42,7 +45,7 @@ class Info:
     """What is in a source of photos."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """celeba | lfw | synthetic | folder:PATH."""
+    """celeba | lfw | synthetic | folder:PATH | insightface:PATH | prepared:NAME."""
     data_dir: str | None = None
     """Where prepared sets are kept; $FACEEMBED_DATA or ~/.cache/faceembed/data when not given."""
     json: str | None = None
@@ -54,7 +57,7 @@ class Preview:
     """Draws a contact sheet: a person a row, every photo cropped as the encoder sees it."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """celeba | lfw | synthetic | folder:PATH."""
+    """celeba | lfw | synthetic | folder:PATH | insightface:PATH | prepared:NAME."""
     people: int = 8
     """Rows."""
     photos: int = 8
@@ -97,6 +100,7 @@ def prepare(
     identities: str | None = None,
     pairs_dir: str | None = None,
     align: bool = False,
+    save_as: str | None = None,
     data_dir: str | None = None,
     overwrite: bool = False,
     json: str | None = None,
@@ -111,10 +115,11 @@ def prepare(
         pairs_dir=pairs_dir,
         data_dir=data_dir,
         align=align,
+        save_as=save_as,
         overwrite=overwrite,
     )
     print(f"{built['name']} is ready in {built['folder']}: {built['bytes'] / 1e6:.1f} MB, {built['seconds']:.0f} s.\n")
-    report = info(name, data_dir=data_dir)
+    report = info(built["name"], data_dir=data_dir)
     report |= {key: built[key] for key in ("folder", "bytes", "seconds")}
     _write(json, report)
     return report

@@ -23,7 +23,8 @@ class Options:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A run directory (its best step is taken) or a step directory."""
     source: Annotated[str, tyro.conf.Positional]
-    """celeba | lfw | synthetic | folder:PATH. A checkpoint trained on synthetic people gets the same people."""
+    """celeba | lfw | synthetic | folder:PATH | insightface:PATH | prepared:NAME. A
+    checkpoint trained on synthetic people gets the same people."""
     framing: Literal["celeba", "lfw"] | None = None
     """folder:PATH: the photos are framed like CelebA's aligned ones or like deep-funneled LFW, at any size. When not
     given, they are cropped tightly already: the largest centred square is taken."""

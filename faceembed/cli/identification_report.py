@@ -32,7 +32,8 @@ class Options:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A run directory (its best step is taken), a step directory, or dlib."""
     source: str
-    """Whose photos: lfw:dev_test | heldout:SOURCE (report people) | celeba | lfw | synthetic | folder:PATH."""
+    """Whose photos: lfw:dev_test | heldout:SOURCE (report people) | celeba | lfw | synthetic | folder:PATH |
+    insightface:PATH | prepared:NAME."""
     calibrate: str | None = None
     """People who set the thresholds, likewise. When not given: lfw:dev_train for lfw:dev_test, calibrate people for
     heldout:SOURCE; of any other source half of the people, by a hash of their names, who are then not tested."""

@@ -69,6 +69,15 @@ def run(arguments: list[str]) -> int:
         raise ValueError(
             f"--data.source is {source!r}, and there is no such folder. It holds one folder a person, with their photos in."
         )
+    if source.startswith("insightface:"):
+        rec = Path(source.partition(":")[2]).expanduser()
+        if not (rec / "train.rec" if rec.is_dir() else rec).is_file():
+            raise ValueError(f"--data.source is {source!r}, and there is no such .rec, nor a folder with a train.rec.")
+        if (template := options.experiment.preprocess.template) != "arcface":
+            raise ValueError(
+                f"--data.source is {source!r}, whose photos are crops of the template 'arcface', and --preprocess.template "
+                f"is {template!r}. Add --preprocess.template arcface --preprocess.size 112."
+            )
     if options.skip_bad_steps < 0:
         raise ValueError(f"--skip-bad-steps is {options.skip_bad_steps}: it counts from 0. Try --skip-bad-steps 20.")
     if options.skip_bad_photos < 0:

@@ -220,10 +220,15 @@ def _pairs(
     if sum(test.pairs.lost):
         genuine, impostor = test.pairs.lost
         warnings.append(f"{genuine} genuine and {impostor} impostor pairs were left out: photos of theirs are missing.")
-    if not test.photos.named:
+    if not test.photos.named and options.pairs.startswith(("bin:", "csv:")):
         warnings.append(
             "the list names no people: nobody could check that none was trained on. A csv's columns person_a and person_b "
             "name them."
+        )
+    elif not test.photos.named and test.photos.source != embedder.data.get("source"):
+        warnings.append(
+            f"{test.photos.source} has labels and no names: nobody could check that none of its people was trained on as "
+            "another source's."
         )
     results = dataclasses.replace(results, warnings=tuple(warnings))
     print(f"{options.pairs} by {embedder.path}, heads fitted on {fit_spec or 'the other folds'}\n\n{results}")

@@ -5,15 +5,18 @@
     DATA_DIR/celeba/index.json      version, square, and the hash of the contents
     DATA_DIR/celeba/problems.json   everything that was left out, or kept though odd
 
+A set of InsightFace's goes into DATA_DIR/NAME likewise, but in order and as a stream: it may have millions of photos.
 A set is built beside its place and moved there when it is complete.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import tarfile
@@ -29,7 +32,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from faceembed.data import pairs, sources
+from faceembed.data import pairs, recordio, sources
 from faceembed.data.sources import Problem
 
 VERSION = "1.0.0"
@@ -69,24 +72,27 @@ def prepare(
     pairs_dir: Path | str | None = None,
     data_dir: Path | str | None = None,
     align: bool = False,
+    save_as: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Builds a set.
 
     Args:
-      name: "celeba" or "lfw".
-      archives: tar, tar.gz, zip, or folders they were unpacked into. "lfw" downloads its own when none is given.
+      name: "celeba", "lfw" or "insightface".
+      archives: tar, tar.gz, zip, or folders they were unpacked into. "lfw" downloads its own when none is given;
+        "insightface" is a .rec, or the folder of train.rec.
       identities: "celeba" alone: identity_CelebA.txt, an image name and a number a line.
       pairs_dir: "lfw" alone: where the pairs and people lists are, if not beside the archive.
       data_dir: where prepared sets are kept; None is `sources.default_data_dir()`.
       align: bring photos that are not in CelebA's frame into it, with a face detector; those without a face are left
         out and reported.
+      save_as: "insightface" alone: NAME in the source prepared:NAME; None is the name of the folder that holds the .rec.
       overwrite: replace a set that is there.
       progress: show a bar.
 
     Returns:
-      {"name", "folder", "people", "photos", "problems": list of {"path", "reason"}, "bytes", "seconds"}.
+      {"name" (the source), "folder", "people", "photos", "problems": list of {"path", "reason"}, "bytes", "seconds"}.
 
     Raises:
       ValueError, FileNotFoundError, FileExistsError: saying what to type instead. Nothing is left behind.
@@ -95,6 +101,15 @@ def prepare(
     if name not in BUILDERS:
         raise ValueError(f"there is nothing to prepare for {name!r}: choose from {', '.join(BUILDERS)}.")
     data_dir = (sources.default_data_dir() if data_dir is None else Path(data_dir)).expanduser()
+    if name == "insightface":
+        if identities is not None or pairs_dir is not None or align:
+            raise ValueError(
+                "insightface is a .rec, which says who is who and is aligned already: leave out --identities, --pairs-dir "
+                "and --align."
+            )
+        return _prepare_insightface(archives, save_as, data_dir, overwrite=overwrite, progress=progress, began=began)
+    if save_as is not None:
+        raise ValueError(f"{name} is prepared under its own name: leave out --save-as.")
     target, downloads = data_dir / name, data_dir / "downloads"
     if target.exists() and not overwrite:
         raise FileExistsError(f"{name} is prepared already in {target}. To build it anew, add --overwrite.")
@@ -177,11 +192,17 @@ def prepare(
         raise DamagedArchive(f"{error} {_AGAIN}", error.path) from error
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
+    return _built(name, target, len(set(gathered.owners)), len(gathered.keys), problems, began)
+
+
+def _built(
+    source: str, target: Path, people: int, photos: int, problems: Sequence[Problem], began: float
+) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": source,
         "folder": str(target),
-        "people": len(set(gathered.owners)),
-        "photos": len(gathered.keys),
+        "people": people,
+        "photos": photos,
         "problems": [{"path": problem.path, "reason": problem.reason} for problem in problems],
         "bytes": sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
         "seconds": time.monotonic() - began,
@@ -349,7 +370,31 @@ class LFW(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ign
         yield from self._photos
 
 
-BUILDERS: dict[str, Callable[..., tfds.core.DatasetBuilder]] = {"celeba": CelebA, "lfw": LFW}
+class InsightFace(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Photos out of a .rec, of people who are labels. Written in order, not by `_generate_examples`."""
+
+    name = "insightface"
+    VERSION = tfds.core.Version(VERSION)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _dataset_info(
+            self,
+            "A training set of InsightFace's (MS1MV3, Glint360K, …), 112 px.",
+            "https://github.com/deepinsight/insightface",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {}
+
+    def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield from ()
+
+
+BUILDERS: dict[str, Callable[..., tfds.core.DatasetBuilder]] = {
+    "celeba": CelebA,
+    "lfw": LFW,
+    "insightface": InsightFace,
+}
 
 
 def _write_index(
@@ -363,12 +408,151 @@ def _write_index(
     record_of = {record["key"].decode(): number for number, record in enumerate(records)}
     problems += sources.lonely(identity, people, f"{name}/")
     record = np.array([record_of[key] for key in keys], np.int64)
-    np.savez(built / "index.npz", keys=keys, identity=identity, people=people, record=record)
     content = hashlib.sha256("".join(gathered.hashes[index] for index in order).encode()).hexdigest()
-    about = {"version": VERSION, "square": square, "content": content}
-    (built / "index.json").write_text(json.dumps(about, indent=1) + "\n")
+    index = {"keys": keys, "identity": identity, "people": people, "record": record}
+    _save_index(built, index, {"square": square, "content": content}, problems)
+
+
+def _save_index(built: Path, index: dict[str, np.ndarray], about: dict[str, Any], problems: Sequence[Problem]) -> None:
+    np.savez(built / "index.npz", **index)  # type: ignore[arg-type]
+    (built / "index.json").write_text(json.dumps({"version": VERSION} | about, indent=1) + "\n")
     told = [{"path": problem.path, "reason": problem.reason} for problem in problems]
     (built / "problems.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+# ---- InsightFace -----------------------------------------------------------------------------------------------------
+
+SHARD = 65_536
+"""Photos in a file of array_record, some 500 MB."""
+_TOGETHER = 2_048
+"""Photos that are in memory at once."""
+
+
+def _prepare_insightface(
+    archives: Sequence[Path | str],
+    save_as: str | None,
+    data_dir: Path,
+    *,
+    overwrite: bool,
+    progress: bool,
+    began: float,
+) -> dict[str, Any]:
+    """A .rec, photo by photo in the order of people; the encoded bytes stay as they are."""
+    if len(archives) != 1:
+        raise ValueError(f"insightface is one .rec, got {len(archives)}: give --archive PATH/train.rec.")
+    path = recordio.locate(archives[0])
+    try:
+        name = sources.check_name(path.absolute().parent.name if save_as is None else save_as)
+    except ValueError as error:
+        raise ValueError(f"{error} Say it with --save-as NAME.") from error
+    source, target = f"prepared:{name}", data_dir / name
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{source} is prepared already in {target}. To build it anew, add --overwrite.")
+    records = recordio.open_records(path, cache=data_dir / "records", progress=progress)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(data_dir, name)
+    if shutil.disk_usage(data_dir).free < records.file.size:
+        raise OSError(
+            f"{data_dir} has {shutil.disk_usage(data_dir).free / 1e9:.1f} GB left, and the set needs about "
+            f"{records.file.size / 1e9:.1f}. Make room, or name another place with --data-dir."
+        )
+    workshop = data_dir / f".{name}.{os.getpid()}.part"
+    problems = list(records.problems)
+    try:
+        info = InsightFace(data_dir=workshop, version=VERSION, file_format="array_record").info
+        Path(info.data_dir).mkdir(parents=True)
+        writer = tfds.core.SequentialWriter(info, max_examples_per_shard=SHARD, file_format="array_record")
+        writer.initialize_splits(["photos"])
+        stream = _Stream(records, problems)
+        with sources.progress_bar(None, len(records), "preparing", shown=progress) as bar:
+            for examples, passed in stream:
+                writer.add_examples({"photos": examples})
+                bar.update(passed)
+        writer.close_all()
+        if not stream.kept.any():
+            raise ValueError(f"{path} holds no photo that can be used ({problems[-1].reason}). Check --archive.")
+        kept = np.flatnonzero(stream.kept)
+        changes = np.diff(records.label[kept], prepend=-1) != 0
+        identity = np.cumsum(changes, dtype=np.int32) - np.int32(1)
+        people, keys = recordio.people_of(records, records.label[kept][changes]), stream.keys[kept]
+        problems += [*stream.copies(), *sources.lonely(identity, people, f"{path}:")]
+        index = {"keys": keys, "identity": identity, "people": people, "record": np.arange(len(kept))}
+        about = {
+            "square": None, "template": recordio.TEMPLATE, "named": False, "content": stream.digest.hexdigest(),
+            "again": f"insightface --archive {shlex.quote(str(path))} --save-as {name}",
+        }  # fmt: skip
+        built = workshop / "insightface"
+        _save_index(built, index, about, problems)
+        _swap(built, target, workshop / "replaced")
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    return _built(source, target, len(people), len(kept), problems, began)
+
+
+class _Stream:
+    """The usable photos of a .rec, some at a time, and what is known of all of them once they have passed."""
+
+    def __init__(self, records: recordio.Records, problems: list[Problem]):
+        self.keys = recordio.keys_of(records)
+        self.kept = np.zeros(len(records), bool)
+        self.digest = hashlib.sha256()
+        """Of the hashes of the photos that are kept, in order."""
+        self._records, self._problems = records, problems
+        self._hashes = np.zeros(len(records), np.uint64)
+        """The first eight bytes of each: enough to find copies among a hundred million."""
+
+    def __iter__(self) -> Iterator[tuple[list[dict[str, Any]], int]]:
+        """(examples, how many photos they were chosen from)."""
+        label, seen = -1, dict[bytes, int]()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for start in range(0, len(self._records), _TOGETHER):
+                chosen = range(start, min(start + _TOGETHER, len(self._records)))
+                examples = []
+                for index, (data, content, odd) in zip(chosen, pool.map(self._look, chosen), strict=True):
+                    if self._records.label[index] != label:  # a person's photos follow one another
+                        label, seen = int(self._records.label[index]), {}
+                    if not odd and content in seen:
+                        odd = f"duplicate content: left out, the same as {self.keys[seen[content]]}"
+                    if odd:
+                        self._problems.append(Problem(path=self._where(index), reason=odd))
+                        continue
+                    seen[content] = index
+                    self.kept[index] = True
+                    self.digest.update(content)
+                    self._hashes[index] = int.from_bytes(content[:8], "little")
+                    key = str(self.keys[index])
+                    examples.append({"image": data, "key": key, "person": key.partition("/")[0]})
+                yield examples, len(chosen)
+
+    def _look(self, index: int) -> tuple[bytes, bytes, str | None]:
+        """(encoded photo, its SHA-256, why it is left out or None)."""
+        try:
+            own, data = self._records.photo(index)
+            photo = sources.decode(data)
+        except ValueError as error:
+            return b"", b"", f"corrupt image: left out ({error})"
+        if own != self._records.label[index]:
+            return b"", b"", f"labels disagree: left out, {own:g} and in the range of {self._records.label[index]}"
+        if photo.shape[0] != photo.shape[1]:
+            size = f"{photo.shape[1]}×{photo.shape[0]}"
+            return b"", b"", f"odd size: left out, {size} where crops of the template are square"
+        return data, hashlib.sha256(data).digest(), None
+
+    def _where(self, index: int) -> str:
+        return f"{self._records.file.path}:{self.keys[index]}"
+
+    def copies(self) -> list[Problem]:
+        """The photos that are under two labels. They stay: nobody can tell which one is right."""
+        kept = np.flatnonzero(self.kept)
+        order = kept[np.argsort(self._hashes[kept], kind="stable")]
+        same = np.flatnonzero(np.diff(self._hashes[order]) == 0)
+        return [
+            Problem(
+                path=self._where(int(order[place + 1])),
+                reason=f"two people's photo: kept as both, the same as {self.keys[order[place]]}",
+            )
+            for place in same
+        ]
 
 
 # ---- archives --------------------------------------------------------------------------------------------------------

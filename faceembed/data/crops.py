@@ -331,7 +331,8 @@ def framed_for(
     if photos.template is not None:
         raise ValueError(
             f"{photos.source} was aligned to the template {photos.template!r} and this encoder wants "
-            f"{preprocess.template!r}. Align the original photos: python launch.py align PHOTOS OUT --template "
+            f"{preprocess.template!r}. To train on these crops, add --preprocess.template {photos.template}; for one "
+            "that is trained already, align the original photos: python launch.py align PHOTOS OUT --template "
             f"{preprocess.template} --size {preprocess.size}."
         )
     if preprocess.template == "portrait":

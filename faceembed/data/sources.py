@@ -1,6 +1,8 @@
 """Where photos come from: every source gives the same `Photos`.
 
 celeba | lfw      prepared once by `launch.py data prepare NAME`, read from array_record
+prepared:NAME     a set of InsightFace's that `launch.py data prepare insightface` wrote, read from array_record
+insightface:PATH  InsightFace's train.rec as it is
 folder:PATH       one folder a person, any image Pillow reads
 synthetic         procedural identities, rendered when first read
 """
@@ -13,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -90,23 +93,25 @@ def open_source(source: str, *, data_dir: Path | str | None = None, progress: bo
     """Opens a source of photos.
 
     Args:
-      source: "celeba", "lfw", "synthetic" or "folder:PATH".
+      source: "celeba", "lfw", "synthetic", "folder:PATH", "insightface:PATH" (a .rec, or the folder of train.rec) or
+        "prepared:NAME".
       data_dir: where prepared sets are kept; None is `default_data_dir()`.
-      progress: show a bar while the files of a folder are checked.
+      progress: show a bar while the files of a folder are checked, or the labels of a .rec are read.
       **options: of "synthetic" alone: people, photos (of each), seed, size (pixels).
 
     Raises:
-      ValueError: if there is no such source, or it takes no such options, or a folder has no photos.
-      FileNotFoundError: if the set is not prepared yet, or the folder is not there.
+      ValueError: if there is no such source, or it takes no such options, or a folder has no photos, or a .rec is
+        damaged.
+      FileNotFoundError: if the set is not prepared yet, or the folder or file is not there.
     """
     name, colon, path = source.partition(":")
-    form = f"{name}:PATH" if f"{name}:PATH" in SOURCES else name
-    if form not in SOURCES or bool(colon) != form.endswith(":PATH") or (colon and not path):
+    form = next((form for form in SOURCES if form.partition(":")[:2] == (name, colon)), None)
+    if form is None or (colon and not path):
         raise ValueError(f"source {source!r} is not one of {', '.join(SOURCES)}. Try --data.source synthetic.")
     if options and form != "synthetic":
         raise ValueError(f"source {source!r} takes no options, got {', '.join(sorted(options))}.")
     directory = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
-    if form == "folder:PATH":
+    if form in ("folder:PATH", "insightface:PATH"):
         options = {"progress": progress}
     return SOURCES[form](source, directory, **options)
 
@@ -311,9 +316,28 @@ def problem_lines(photos: Photos) -> list[str]:
 # ---- prepared sets ---------------------------------------------------------------------------------------------------
 
 
+RESERVED = ("celeba", "lfw", "downloads", "folders", "records")
+"""What lies in a data directory under names of its own."""
+
+
+def check_name(name: str) -> str:
+    """The name of a set of InsightFace's, for "prepared:NAME".
+
+    Raises:
+      ValueError: it cannot be one.
+    """
+    if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+        raise ValueError(
+            f"{name!r} cannot be a prepared set's name: letters, digits and . _ - make one, and "
+            f"{', '.join(RESERVED)} are taken. Try ms1mv3."
+        )
+    return name
+
+
 def _prepared(source: str, data_dir: Path) -> Photos:
     """A set that `launch.py data prepare` wrote."""
-    folder = data_dir / source
+    kind, _, name = source.partition(":")
+    folder = data_dir / (check_name(name) if kind == "prepared" else source)
     try:
         with np.load(folder / "index.npz") as index:
             keys, identity, people, record = (index[name] for name in ("keys", "identity", "people", "record"))
@@ -323,7 +347,8 @@ def _prepared(source: str, data_dir: Path) -> Photos:
             "lfw": "python launch.py data prepare lfw",
             "celeba": "python launch.py data prepare celeba --archive img_align_celeba.zip "
             "--identities identity_CelebA.txt",
-        }[source]
+            "prepared": f"python launch.py data prepare insightface --archive PATH/train.rec --save-as {name}",
+        }[kind]
         raise FileNotFoundError(
             f"{source} is not prepared in {data_dir} ({error.filename} is missing). Prepare it once:\n  {example}"
         ) from error
@@ -336,7 +361,7 @@ def _prepared(source: str, data_dir: Path) -> Photos:
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{source}: photo {keys[index]} does not decode ({error}): the prepared set is damaged. "
-                f"Run python launch.py data prepare {source} --overwrite again."
+                f"Run python launch.py data prepare {about.get('again', source)} --overwrite again."
             ) from error
 
     return Photos(
@@ -348,6 +373,8 @@ def _prepared(source: str, data_dir: Path) -> Photos:
         square=Square(**about["square"]) if about["square"] else None,
         problems=tuple(Problem(**problem) for problem in json.loads((folder / "problems.json").read_text())),
         fingerprint=fingerprint_of(keys, people, about["content"]),
+        named=about.get("named", True),
+        template=about.get("template"),
     )
 
 
@@ -585,6 +612,15 @@ def _check_files(files: list[Path], cache: Path, progress: bool) -> list[tuple[s
     return [(now[str(file)][2], now[str(file)][3]) for file in files]
 
 
+# ---- InsightFace's .rec ----------------------------------------------------------------------------------------------
+
+
+def _insightface(source: str, data_dir: Path, *, progress: bool = True) -> Photos:
+    from faceembed.data import recordio  # which makes `Photos` itself
+
+    return recordio.open_photos(source, data_dir, progress=progress)
+
+
 # ---- rendered --------------------------------------------------------------------------------------------------------
 
 
@@ -628,6 +664,8 @@ SOURCES: dict[str, Callable[..., Photos]] = {
     "celeba_lfw": _celeba_lfw,
     "synthetic": _synthetic,
     "folder:PATH": _folder,
+    "insightface:PATH": _insightface,
+    "prepared:NAME": _prepared,
 }
 
 
