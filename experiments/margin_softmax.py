@@ -54,7 +54,7 @@ def row(name: str, folder: Path) -> dict[str, Any]:
     logged = [line for line in last if "loss" in line][-1]
     return {
         "run": name, "AUC": head["auc"], "low": head["auc_low"], "high": head["auc_high"], "loss": logged["loss"],
-        "effective rank": logged["effective_rank"], "people": head.get("people"),
+        "effective rank": logged["effective_rank"],
     }  # fmt: skip
 
 
