@@ -77,6 +77,12 @@ class Batch:
     """K, photos of each; people with fewer give what they have and more people fill the batch."""
     singletons: float = 0.1
     """Largest share of the batch given to people with a single photo; they serve as negatives only."""
+    microbatches: int = 1
+    """Chunks that the photos of each device are encoded in, for batches larger than memory: the loss, and its gradient, is
+    still that of the whole batch, at the price of encoding twice. Batch normalisation sees a chunk at a time."""
+    accumulate: int = 1
+    """Chunks that each have a loss of their own, the mean of which is trained: for losses over single photos, which it
+    leaves as they are. Batch normalisation sees a chunk at a time."""
 
     def __post_init__(self) -> None:
         if self.photos < 2:
@@ -89,6 +95,17 @@ class Batch:
             )
         if not 0 <= self.singletons < 1:
             raise ValueError(f"batch.singletons is {self.singletons}: it is a share, 0 ≤ share < 1. Try 0.1.")
+        for name in ("microbatches", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"batch.{name} is {getattr(self, name)}: it counts chunks, and 1 is the whole batch. "
+                    f"Try --batch.{name} 1."
+                )
+        if self.microbatches > 1 and self.accumulate > 1:
+            raise ValueError(
+                f"batch.microbatches is {self.microbatches} and batch.accumulate {self.accumulate}: they are two ways to "
+                "take a batch in chunks, with one loss or with a loss a chunk. Leave one of them out."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -451,6 +468,9 @@ class Checkpoint:
                 )
 
 
+MEANS_OVER_PHOTOS = ("CosFace", "ArcFace")
+"""Types of losses that are means of what each photo costs by itself: `Batch.accumulate` does not change them."""
+
 Encoder = ConvNet | MobileFaceNet | IResNet | InceptionResNetV1 | ViT | DlibResNet
 Loss = Triplet | Contrastive | PairLogistic | CosFace | ArcFace
 Optimizer = AdamW | SGD
@@ -515,6 +535,12 @@ class Experiment:
                 f"loss.groups is {self.loss.groups}, and a batch of {size} (people={self.batch.people} × "
                 f"photos={self.batch.photos}) does not divide into so many groups. "
                 f"Try --batch.people {-(-self.batch.people // multiple) * multiple}."
+            )
+        if self.batch.accumulate > 1 and type(self.loss).__name__ not in MEANS_OVER_PHOTOS:
+            raise ValueError(
+                f"batch.accumulate is {self.batch.accumulate}, and the loss {type(self.loss).__name__} compares photos: it "
+                "would do so within each chunk only. "
+                f"Try --batch.microbatches {self.batch.accumulate}, which compares those of the whole batch."
             )
 
 

@@ -57,14 +57,23 @@ def by_process(devices: Sequence[jax.Device]) -> list[jax.Device]:
     return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
-def check_batch(mesh: Mesh, people: int, photos: int) -> None:
-    """Raises ValueError, saying what to type, when a batch does not divide over the mesh."""
+def check_batch(mesh: Mesh, people: int, photos: int, *, microbatches: int = 1, accumulate: int = 1) -> None:
+    """Raises ValueError, saying what to type, when a batch does not divide over the mesh, or a device's share in chunks."""
     devices = mesh.shape[DATA]
     if people * photos % devices:
         raise ValueError(
             f"global batch {people * photos} (people={people} × photos={photos}) does not divide over {devices} devices; "
             f"set --batch.people to a multiple of {devices // math.gcd(devices, photos)}."
         )
+    share = people * photos // devices
+    for name, chunks in (("microbatches", microbatches), ("accumulate", accumulate)):
+        if share % chunks:
+            lower = max(n for n in range(1, min(chunks, share) + 1) if share % n == 0)
+            raise ValueError(
+                f"batch.{name} is {chunks}, which does not divide the {share} photos (people={people} × photos={photos}) "
+                f"that each of {devices} devices has; try --batch.{name} {lower}, or set --batch.people to a multiple of "
+                f"{devices * chunks // math.gcd(devices * chunks, photos)}."
+            )
 
 
 def state_sharding(mesh: Mesh, state: Any, *, shard_optimizer: bool = False) -> Any:

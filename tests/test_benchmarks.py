@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from experiments.benchmarks import __main__ as runner
-from experiments.benchmarks import growth, harness, loss, reading
+from experiments.benchmarks import growth, harness, loss, microbatches, reading, records, tiled
 from experiments.benchmarks import sampling as planning
 from experiments.benchmarks import search as searching
 from faceembed import encoders
@@ -220,6 +220,32 @@ def test_the_peer_that_draws_nothing_sees_the_middle_of_the_square(faces):
     np.testing.assert_allclose(np.asarray(reading.Faces._colour([0.5] * 7, square)), np.asarray(square), atol=1)
 
 
+def test_records_are_opened_and_read_from_both_forms(tmp_path):
+    records.write_sparse(tmp_path / "sparse.rec", 300, 5)
+    row = records.opening(tmp_path / "sparse.rec", tmp_path / "data")
+    assert (row["photos"], row["people"], row["keys GB"]) == (1500, 300, 1500 * 64 / 1e9)
+    assert not (tmp_path / "data").exists(), "the ranges were used: nothing was scanned and remembered"
+
+    faces = [np.full((112, 112, 3), level, np.uint8) for level in range(256)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records.synthetic, "render_all", lambda *_: np.stack(faces))
+        records.write_faces(tmp_path / "faces.rec", 6, 4)
+    rows = records.reading(tmp_path / "faces.rec", tmp_path / "data", 1, 8)
+    assert [(row["photos"], row["threads"] > 1) for row in rows] == [
+        ("encoded", False), ("encoded", True), ("decoded", False), ("decoded", True),
+    ]  # fmt: skip
+    assert min(row["faceembed img/s"] for row in rows) > 0
+
+
+def test_mining_in_slabs_is_timed_beside_the_product_of_all_pairs():
+    emb, ids = tiled.embeddings(96, 4)
+    row = tiled.beside_product("semi_hard", 96, 4, 1)
+    assert row["bar"] == 8
+    assert row["multiple"] > 0
+    np.testing.assert_allclose(tiled.product(96, 4)(), emb @ emb[32:].T, atol=1e-5)  # the last slab reaches back
+    assert sorted(np.bincount(ids)) == [4] * 24
+
+
 def test_growth_measures_updates_of_the_training(monkeypatch):
     tiny = encoders.make_encoder("convnet", widths=(4, 8), blocks=(1, 1), dim=8)
     monkeypatch.setattr(growth.embed, "build_encoder", lambda experiment: tiny)
@@ -235,6 +261,29 @@ def test_growth_measures_updates_of_the_training(monkeypatch):
     assert {row["photo"] for row in rows} == {1}
     assert {row["MB"] for row in rows} == {5}
     assert jax.device_count() == 8
+
+
+def test_microbatches_are_held_against_the_undivided_batch(monkeypatch):
+    tiny = encoders.make_encoder("convnet", widths=(4, 8), blocks=(1, 1), dim=8)
+    monkeypatch.setattr(growth.embed, "build_encoder", lambda experiment: tiny)
+    made = []
+
+    def make(*full, make=growth.make):
+        made.append(full)
+        return make(*full)
+
+    monkeypatch.setattr(growth, "make_alone", make)
+    monkeypatch.setattr(harness, "fresh", lambda function, *args: function(*args))
+    monkeypatch.setattr(harness, "peak_bytes", lambda make, *full: 8_000_000 // full[-1])
+    monkeypatch.setattr(microbatches, "SIZE", 32)
+    rows = microbatches.run(quick=True)
+    assert made == [(16, 16, 1, 1), (16, 16, 1, 2)]
+    assert [(row["N"], row["photos at once"], row["MB"], row["of N=1"]) for row in rows] == [
+        (1, 16, 8, 1),
+        (2, 8, 4, 0.5),
+    ]
+    assert rows[0]["time"] == 1 != rows[1]["time"] > 0
+    assert rows[1]["bar"] == pytest.approx(4 / 3)
 
 
 def test_probes_are_mates_and_strangers_by_turns_and_the_truth_is_who_is_nearest(monkeypatch):

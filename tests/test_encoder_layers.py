@@ -39,31 +39,44 @@ def flax_batch_norm(dtype, train=True, **options):
 
 
 # name: (ours in a compute dtype, the plain one, input shape). Odd and even sizes, since a stride of 2 treats them apart.
-CASES = {
-    f"{kind}_s{strides}_{height}x{width}": (
-        functools.partial(layer, strides=strides, form="dots"),
-        functools.partial(layer, strides=strides, form="conv"),
-        (8, height, width, 6),
-    )
-    for kind, layer in (("depthwise", layers.DepthwiseConv), ("conv3x3", functools.partial(layers.Conv3x3, 5)))
-    for strides in (1, 2)
-    for height, width in ((6, 5), (5, 8), (1, 1))
-} | {
-    "global_depthwise": (
-        functools.partial(layers.GlobalDepthwise, form="dots"),
-        functools.partial(layers.GlobalDepthwise, form="conv"),
-        (8, 3, 4, 6),
-    ),
-    "prelu": (lambda dtype: layers.PReLU(), lambda dtype: PlainPReLU(), (8, 3, 4, 6)),
-    "prelu_flat": (lambda dtype: layers.PReLU(), lambda dtype: PlainPReLU(), (8, 6)),
-    "batch_norm": (batch_norm, flax_batch_norm, (8, 3, 4, 6)),
-    "batch_norm_flat": (batch_norm, flax_batch_norm, (8, 6)),
-    "batch_norm_without_scale": (
-        functools.partial(batch_norm, use_scale=False),
-        functools.partial(flax_batch_norm, use_scale=False),
-        (8, 3, 4, 6),
-    ),
-}
+CASES = (
+    {
+        f"{kind}_s{strides}_{height}x{width}": (
+            functools.partial(layer, strides=strides, form="dots"),
+            functools.partial(layer, strides=strides, form="conv"),
+            (8, height, width, 6),
+        )
+        for kind, layer in (("depthwise", layers.DepthwiseConv), ("conv3x3", functools.partial(layers.Conv3x3, 5)))
+        for strides in (1, 2)
+        for height, width in ((6, 5), (5, 8), (1, 1))
+    }
+    | {
+        f"conv_{'x'.join(map(str, window))}_s{strides}_{padding}": (
+            functools.partial(
+                nn.Conv, 5, window, strides, padding, use_bias=False, conv_general_dilated=layers.conv_general_dilated
+            ),
+            functools.partial(nn.Conv, 5, window, strides, padding, use_bias=False),
+            (8, 8, 7, 6),
+        )
+        for window, strides, padding in (((7, 7), 2, "VALID"), ((1, 5), 1, "SAME"), ((3, 2), 3, ((0, 2), (1, 0))))
+    }
+    | {
+        "global_depthwise": (
+            functools.partial(layers.GlobalDepthwise, form="dots"),
+            functools.partial(layers.GlobalDepthwise, form="conv"),
+            (8, 3, 4, 6),
+        ),
+        "prelu": (lambda dtype: layers.PReLU(), lambda dtype: PlainPReLU(), (8, 3, 4, 6)),
+        "prelu_flat": (lambda dtype: layers.PReLU(), lambda dtype: PlainPReLU(), (8, 6)),
+        "batch_norm": (batch_norm, flax_batch_norm, (8, 3, 4, 6)),
+        "batch_norm_flat": (batch_norm, flax_batch_norm, (8, 6)),
+        "batch_norm_without_scale": (
+            functools.partial(batch_norm, use_scale=False),
+            functools.partial(flax_batch_norm, use_scale=False),
+            (8, 3, 4, 6),
+        ),
+    }
+)
 
 
 def example(case):

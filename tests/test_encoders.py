@@ -437,6 +437,26 @@ def test_in_bfloat16_products_read_bfloat16_and_sums_roots_and_exponentials_floa
     assert "float32" in wide
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, "dlib_resnet"])
+def test_on_a_cpu_convolutions_and_their_gradients_have_the_layout_that_is_fast_in_loops(name):
+    """XLA brings the others into it outside of loops only."""
+    encoder, size = (make_encoder(name), 150) if name == "dlib_resnet" else (small(name), SMALL.get(name, 32))
+    images = jnp.zeros((2, size, size, 3))
+    variables = jax.eval_shape(functools.partial(encoder.init, train=False), jax.random.key(0), images)
+
+    def total(params):
+        rngs = {"dropout": jax.random.key(0)}
+        emb, _ = encoder.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"], rngs=rngs)
+        return jnp.sum(emb)
+
+    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
+    program = equations(jax.make_jaxpr(jax.grad(total))(variables["params"]).jaxpr)
+    found = [equation.params for equation in program if equation.primitive.name == "conv_general_dilated"]
+    fast = jax.lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
+    assert all(options["dimension_numbers"] == fast for options in found)
+    assert bool(found) == (name not in ("mobilefacenet", "vit"))
+
+
 # About twice what was measured: 1 - cosine to float32 of the worst embedding, and of the gradient of a batch of eight.
 DRIFT = {
     "convnet": (1e-4, 1.5e-3),

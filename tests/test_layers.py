@@ -36,7 +36,10 @@ ALLOWED = {
     "training.interrupts": set(),
     "training.logs": {"report"},
     "training.transfer": {"encoders"},
-    "training.step": {"losses", "mesh", "training.diagnostics", "training.transfer"},
+    "training.chunks": {"mesh"},
+    "training.step": {
+        "encoders", "losses", "mesh", "training.chunks", "training.diagnostics", "training.transfer",
+    },
     "checkpoint": {"config", "losses", "report", "training.step"},
     "embed": {"checkpoint", "config", "data", "encoders", "preprocess", "verification"},
     "evaluate": {

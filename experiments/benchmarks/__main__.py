@@ -29,6 +29,7 @@ BENCHMARKS = (
     "reading",
     "records",
     "growth",
+    "microbatches",
     "verification",
     "pretrained",
     "startup",

@@ -38,8 +38,11 @@ GROWTH = {
 PHOTOS = 4
 
 
-def make(batch: int, size: int, devices: int) -> Callable[[], jax.Array]:
-    """() → the loss before one more update by `batch` photos of `size` pixels, divided over `devices`."""
+def make(batch: int, size: int, devices: int, microbatches: int = 1) -> Callable[[], jax.Array]:
+    """() → the loss before one more update by `batch` photos of `size` pixels, divided over `devices`.
+
+    The photos are encoded in so many chunks as `microbatches` says.
+    """
     experiment = config.Experiment(
         preprocess=config.Preprocess(size=size), batch=config.Batch(people=batch // PHOTOS, photos=PHOTOS)
     )
@@ -53,8 +56,9 @@ def make(batch: int, size: int, devices: int) -> Callable[[], jax.Array]:
     state = steps.init_state(encoder, optimizer, seed=0, size=size, loss_params=loss_params, dtype=jnp.float32)
     shardings = meshes.state_sharding(mesh, state)
     update = steps.make_train_step(
-        encoder, loss, optimizer, loop.make_views(experiment), seed=0, ema=schedule.ema, mesh=mesh, shardings=shardings
-    )
+        encoder, loss, optimizer, loop.make_views(experiment), seed=0, ema=schedule.ema, mesh=mesh, shardings=shardings,
+        microbatches=microbatches,
+    )  # fmt: skip
     side = crop_side(size, experiment.data.margin)
     host: dict[str, np.ndarray] = {
         "image": np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8),
@@ -72,14 +76,14 @@ def make(batch: int, size: int, devices: int) -> Callable[[], jax.Array]:
     return call
 
 
-def make_alone(batch: int, size: int, devices: int) -> Callable[[], jax.Array]:
+def make_alone(batch: int, size: int, devices: int, microbatches: int = 1) -> Callable[[], jax.Array]:
     """`make` in a process in which XLA has not started: there it can still get any number of CPU devices."""
     if harness.on_cpu():
         jax.config.update("jax_num_cpu_devices", devices)
         # XLA has a thread a device or a core. One that waits for the others in a collective is lost to the rest, and
         # independent collectives of one device wait at the same time: with too few threads all wait for ever.
         os.environ.setdefault("NPROC", str(4 * devices))
-    return make(batch, size, devices)
+    return make(batch, size, devices, microbatches)
 
 
 def milliseconds(batch: int, size: int, devices: int, repeats: int) -> harness.Spread:

@@ -92,7 +92,7 @@ def make(
         for path, leaf in jax.tree_util.tree_leaves_with_path(kept[0])
         if any(getattr(part, "key", None) == meshes.CLASS_KERNEL for part in path)
     ]
-    sizes = {"state MB": sum(rows) / 1e6, "temporary MB": program.memory_analysis().temp_size_in_bytes / 1e6}
+    sizes = {"state MB": sum(rows) / 1e6, "temporary MB": cast(Any, program.memory_analysis()).temp_size_in_bytes / 1e6}
 
     def call() -> dict[str, float]:
         kept[0], metrics = jax.block_until_ready(program(kept[0], moved))
@@ -130,7 +130,7 @@ def compiled(classes: int, devices: int, batch: int, sample: float) -> dict[str,
     shapes = (((batch, DIM), np.float32), ((batch,), np.int32), ((rows, DIM), np.float32))
     arrays = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
     program = jax.jit(jax.value_and_grad(loss, (0, 2))).lower(*arrays).compile()
-    temporary = program.memory_analysis().temp_size_in_bytes / 1e6
+    temporary = cast(Any, program.memory_analysis()).temp_size_in_bytes / 1e6
     return {"classes": classes, "devices": devices, "photos": batch, "sample": sample, "temporary MB": temporary}
 
 

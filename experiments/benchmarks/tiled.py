@@ -63,7 +63,7 @@ def product(size: int, photos: int) -> Callable[[], object]:
             columns = lax.dynamic_slice_in_dim(emb, i * width, width)
             return jnp.matmul(emb, columns.T, precision=lax.Precision.HIGHEST)
 
-        return lax.fori_loop(0, size // width, slab, jnp.zeros((size, width)))
+        return lax.fori_loop(0, -(-size // width), slab, jnp.zeros((size, width)))
 
     return lambda: jax.block_until_ready(run(emb))
 

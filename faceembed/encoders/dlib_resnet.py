@@ -55,7 +55,7 @@ class _Block(nn.Module):
 def _conv(features: int, side: int, dtype: layers.Dtype, name: str) -> nn.Conv:
     return nn.Conv(
         features, (side, side), strides=(2, 2), padding="VALID", use_bias=False, dtype=jnp.dtype(dtype),
-        kernel_init=layers.fan_out_normal, name=name,
+        kernel_init=layers.fan_out_normal, conv_general_dilated=layers.conv_general_dilated, name=name,
     )  # fmt: skip
 
 

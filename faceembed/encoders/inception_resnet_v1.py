@@ -61,6 +61,7 @@ class _Conv(nn.Module):
                 use_bias=False,
                 dtype=jnp.dtype(self.dtype),
                 kernel_init=_kernel_init,
+                conv_general_dilated=layers.conv_general_dilated,
                 name="conv",
             )(x)
         return nn.relu(

@@ -14,19 +14,26 @@ a gradient that has one inside a custom rule is off by the number of devices.
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
 Form = Literal["dots", "conv"]
 Dtype = Literal["float32", "bfloat16", "float64"]
+Sides = tuple[int, int]
+Padding = tuple[tuple[int, int], tuple[int, int]]
 Initializer = jax.nn.initializers.Initializer
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-5
+MOMENTS = "batch_moments"
+"""Collection in which a `BatchNorm` leaves what it saw, if it is mutable, in place of updating `batch_stats`."""
 UNIT_LENGTH_EPSILON = 1e-12
 
 fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -58,9 +65,65 @@ def _convolve(x: jax.Array, kernel: jax.Array, strides: int, padding: int, group
         kernel,
         window_strides=(strides, strides),
         padding=((padding, padding), (padding, padding)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=_LAYOUT,
         feature_group_count=groups,
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dense_convolve(x: jax.Array, kernel: jax.Array, strides: Sides, padding: Padding) -> jax.Array:
+    """A convolution [b, h, w, c] by [kh, kw, c, f] whose gradients are convolutions of that same layout.
+
+    XLA's CPU back end has a fast routine for that layout only. It brings others into it by itself, but not inside a loop,
+    where the kernel's gradient then takes 50 times as long.
+    """
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_LAYOUT)
+
+
+def _dense_convolve_forward(x, kernel, strides, padding):
+    return _dense_convolve(x, kernel, strides, padding), (x, kernel)
+
+
+def _dense_convolve_backward(strides, padding, saved, dy):
+    x, kernel = saved
+    # With strides s, both gradients read dy with s - 1 zeros between its places, s·(n - 1) + 1 of them.
+    spread = [stride * (size - 1) + 1 for stride, size in zip(strides, dy.shape[1:3], strict=True)]
+    sizes = list(zip(x.shape[1:3], kernel.shape[:2], spread, padding, strict=True))
+    around = [(k - 1 - low, size + low - wide) for size, k, wide, (low, _) in sizes]
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    dx = jax.lax.conv_general_dilated(dy, turned, (1, 1), around, lhs_dilation=strides, dimension_numbers=_LAYOUT)
+    # What the last window reads of x, which may end before x does.
+    rows, columns = ((low, wide + k - 1 - size - low) for size, k, wide, (low, _) in sizes)
+    x = _padded(x, (rows, columns))
+    dkernel = jax.lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        dy.transpose(1, 2, 0, 3),
+        (1, 1),
+        "VALID",
+        rhs_dilation=strides,
+        dimension_numbers=_LAYOUT,
+    )
+    return dx, dkernel.transpose(1, 2, 0, 3)
+
+
+_dense_convolve.defvjp(_dense_convolve_forward, _dense_convolve_backward)
+
+
+def conv_general_dilated(
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    **options: Any,
+) -> jax.Array:
+    """What `nn.Conv(conv_general_dilated=…)` takes: the fast form on the back end that this is traced for."""
+    dilated = {*options["lhs_dilation"], *options["rhs_dilation"]} != {1}
+    if default_form() == "conv" or dilated or options["feature_group_count"] != 1:
+        return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], window_strides, padding)
+    pads = tuple((int(low), int(high)) for low, high in padding)
+    return _dense_convolve(x, _over_devices_of(x, kernel), tuple(window_strides), pads)
 
 
 def _shifted(x: jax.Array, strides: int) -> list[jax.Array]:
@@ -204,7 +267,8 @@ class Conv3x3(nn.Module):
         if channels > _STEM_CHANNELS:
             if self.strides == 1 and min(channels, self.features) >= _GRADIENT_CHANNELS:
                 return _conv3x3(x, _over_devices_of(x, kernel))
-            return _convolve(x, kernel, self.strides, padding=1)
+            sides: Sides = (self.strides, self.strides)
+            return _dense_convolve(x, _over_devices_of(x, kernel), sides, ((1, 1), (1, 1)))
         columns = jnp.concatenate(_shifted(x, self.strides), axis=-1)
         flat = columns.reshape(-1, 9 * channels) @ kernel.reshape(9 * channels, self.features)
         return flat.reshape(*columns.shape[:3], self.features)
@@ -316,9 +380,11 @@ class BatchNorm(nn.Module):
     all float32, var = max(E[x²] - E[x]², 0). Written as y = factor·x + (bias - factor·mean), factor = scale / √(var + ε),
     its gradient reads x, which the layer before has stored; Flax's (x - mean)·factor stores x - mean as well.
 
+    With `mutable=["batch_moments"]` an application leaves `batch_stats` alone and returns the moments of its batch, under
+    the same names: `after_chunks` makes one update of several.
+
     Attributes:
       use_running_average: normalise by the statistics in `batch_stats`, and change none.
-      momentum: share of the old statistic in the new.
       epsilon: ε, added to a variance.
       dtype: of the output; the arithmetic is in float32 at least.
       use_scale: whether there is a `scale`.
@@ -327,7 +393,6 @@ class BatchNorm(nn.Module):
     """
 
     use_running_average: bool
-    momentum: float
     epsilon: float
     dtype: jnp.dtype
     use_scale: bool
@@ -347,9 +412,12 @@ class BatchNorm(nn.Module):
             if self.axis_name is not None and not self.is_initializing():
                 moments = jax.lax.pmean(moments, self.axis_name)
             mean, var = moments[0], jnp.maximum(0, moments[1] - jnp.square(moments[0]))
-            if not self.is_initializing():
-                kept_mean.value = self.momentum * kept_mean.value + (1 - self.momentum) * mean
-                kept_var.value = self.momentum * kept_var.value + (1 - self.momentum) * var
+            if self.is_mutable_collection(MOMENTS) and not self.is_initializing():
+                self.put_variable(MOMENTS, "mean", mean)
+                self.put_variable(MOMENTS, "var", var)
+            elif not self.is_initializing():
+                kept_mean.value = BATCH_NORM_MOMENTUM * kept_mean.value + (1 - BATCH_NORM_MOMENTUM) * mean
+                kept_var.value = BATCH_NORM_MOMENTUM * kept_var.value + (1 - BATCH_NORM_MOMENTUM) * var
         factor = jax.lax.rsqrt(var + self.epsilon)
         if self.use_scale:
             factor *= self.param("scale", self.scale_init, channels, jnp.float32)
@@ -374,7 +442,6 @@ def batch_norm(
     """
     return BatchNorm(
         use_running_average=not train,
-        momentum=BATCH_NORM_MOMENTUM,
         epsilon=epsilon,
         dtype=jnp.dtype(dtype),
         use_scale=use_scale,
@@ -382,6 +449,57 @@ def batch_norm(
         axis_name=axis_name,
         name=name,
     )
+
+
+def after_chunks(batch_stats: Mapping[str, Any], moments: Mapping[str, Any]) -> dict[str, Any]:
+    """Batch statistics after ONE update by a batch that was seen in chunks of equal size.
+
+    The batch's mean is the mean of the chunks' means; its variance is the mean of their variances plus the variance of
+    their means.
+
+    Args:
+      batch_stats: {layer: {"mean": [c], "var": [c]}} before.
+      moments: the same tree of [chunks, c], without layers that keep their statistics; see `MOMENTS`.
+    """
+    kept, seen = (flax.traverse_util.flatten_dict(tree) for tree in (batch_stats, moments))
+    for (*layer, name), values in seen.items():
+        batch = jnp.mean(values, 0)
+        if name == "var":
+            batch += jnp.var(seen[*layer, "mean"], 0)
+        kept[*layer, name] = BATCH_NORM_MOMENTUM * kept[*layer, name] + (1 - BATCH_NORM_MOMENTUM) * batch
+    return flax.traverse_util.unflatten_dict(kept)
+
+
+def dropout_by_slot(slot: jax.Array) -> Any:
+    """A context in which `nn.Dropout` draws each photo's mask from the photo's slot.
+
+    By itself it draws one mask for all of [b, …]: what is dropped of a photo then depends on where in which chunk of a
+    batch it stands.
+
+    Args:
+      slot: int [b], place in the global batch of each photo that the encoder is applied to.
+    """
+
+    def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+
+        def masked(x: jax.Array, deterministic: bool | None = None, rng: jax.Array | None = None) -> jax.Array:
+            deterministic = nn.merge_param("deterministic", module.deterministic, deterministic)
+            # A mask that is the same for all photos is the same for all chunks, too.
+            if deterministic or module.rate in (0, 1) or 0 in module.broadcast_dims:
+                return call(*args, **kwargs)
+            key = module.make_rng(module.rng_collection) if rng is None else rng
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slot)
+            shape = [1 if axis in module.broadcast_dims else size for axis, size in enumerate(x.shape)][1:]
+            # In float32 whatever the precision, so that all precisions drop the same.
+            draw = jax.vmap(lambda key: jax.random.uniform(key, shape, jnp.float32))(keys)
+            return jnp.where(draw < 1 - module.rate, x / (1 - module.rate), jnp.zeros_like(x))
+
+        if isinstance(module, nn.Dropout) and context.method_name == "__call__":
+            return masked(*args, **kwargs)
+        return call(*args, **kwargs)
+
+    return nn.intercept_methods(interceptor)
 
 
 def unit_length(x: jax.Array) -> jax.Array:

@@ -92,13 +92,17 @@ def train(
         jax.config.update("jax_enable_x64", True)
     pre, batch, schedule = experiment.preprocess, experiment.batch, experiment.schedule
     mesh = meshes.make_mesh(devices)
-    meshes.check_batch(mesh, batch.people, batch.photos)
+    chunked = {"microbatches": batch.microbatches, "accumulate": batch.accumulate}
+    meshes.check_batch(mesh, batch.people, batch.photos, **chunked)
     if isinstance(experiment.loss, config.CosFace | config.ArcFace):
         margin_softmax.check_devices(mesh.shape[meshes.DATA])
     encoder = embed.build_encoder(experiment)
     # A size that the encoder cannot take is told before photos are read.
     images = jnp.zeros((1, pre.size, pre.size, 3), jnp.float32)
     shapes = jax.eval_shape(lambda key: encoder.init(key, images, train=False), jax.random.key(0))
+    if (chunks := max(chunked.values())) > 1 and "batch_stats" in shapes:
+        at_once = batch.people * batch.photos // chunks
+        print(f"note: batch normalisation sees {at_once} photos at a time, and not the {at_once * chunks} of a batch.")
     frozen = transfer.frozen_by(experiment.freeze, shapes["params"]) if experiment.freeze else None
     by_layer = None
     if experiment.freeze or experiment.layer_rates:
@@ -166,7 +170,7 @@ def train(
         state = jax.device_put(state, shardings)
         update = steps.make_train_step(
             encoder, loss, optimizer, make_views(experiment), seed=experiment.seed, ema=schedule.ema, mesh=mesh,
-            shardings=shardings, frozen=frozen,
+            shardings=shardings, frozen=frozen, **chunked,
         )  # fmt: skip
         embed_fn = embed.make_embed(encoder, pre)
 

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from faceembed import losses
 from faceembed import mesh as meshes
-from faceembed.training import diagnostics, transfer
+from faceembed.encoders import layers
+from faceembed.training import chunks, diagnostics, transfer
 
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 """(emb [b, d], identity [b], params, memory, key, step [], axis_name) → (scalar loss over all devices, scalar metrics)."""
@@ -128,6 +129,8 @@ def make_train_step(
     mesh: Mesh,
     shardings: TrainState,
     frozen: transfer.Frozen | None = None,
+    microbatches: int = 1,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles an update.
 
@@ -146,6 +149,10 @@ def make_train_step(
       shardings: of every leaf of the state, from `mesh.state_sharding`. They alone decide whether optimizer and averages
         are kept whole on every device or divided over them (ZeRO stage 1, Rajbhandari et al. 2020).
       frozen: which of the encoder's layers stay as they are; the optimizer leaves them alone, too.
+      microbatches: encode in so many chunks, one at a time, for the loss of the whole batch; see `chunks.cached`. Each
+        chunk is normalised by its own moments; the statistics are updated once, by those of all. The encoder's batch
+        norms must then be `layers.BatchNorm`.
+      accumulate: the mean of the losses of so many chunks; see `chunks.accumulated`. One of both is 1.
 
     Returns:
       (state, batch) → (state, metrics). The state is donated: its buffers are gone after the call. `batch` holds
@@ -153,12 +160,12 @@ def make_train_step(
       "skipped" and what `diagnostics.measure` adds. An update whose loss, gradient or batch statistics are not finite is
       not applied; it is counted in `state.skipped`.
     """
+    parts, in_chunks = max(microbatches, accumulate), chunks.accumulated if accumulate > 1 else chunks.cached
     data = PartitionSpec(meshes.DATA)
     # Parameters of a loss that are divided over the devices arrive in it divided.
     of_loss = jax.tree.map(lambda sharding: sharding.spec, shardings.params["loss"])
 
     def update(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        images = views(state.step, batch["slot"], batch["image"])
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
         dropout_key, loss_key = jax.random.split(key)
 
@@ -168,17 +175,34 @@ def make_train_step(
         def global_loss(emb: jax.Array, identity: jax.Array, params: Any, memory: Any, key: jax.Array, step: jax.Array):
             return loss(emb, identity, params, memory, key, step, meshes.DATA)
 
-        def objective(params: Any):
-            held = transfer.without_gradient(params["encoder"], frozen) if frozen else params["encoder"]
-            with transfer.evaluate_frozen(frozen) if frozen else contextlib.nullcontext():
+        def encode(params: Any, photos: dict[str, jax.Array], collection: str = layers.MOMENTS):
+            images = views(state.step, photos["slot"], photos["image"])
+            held = transfer.without_gradient(params, frozen) if frozen else params
+            with (
+                transfer.evaluate_frozen(frozen) if frozen else contextlib.nullcontext(),
+                layers.dropout_by_slot(photos["slot"]),
+            ):
                 emb, updates = encoder.apply(
-                    {"params": held, "batch_stats": state.batch_stats}, images, train=True, mutable=["batch_stats"],
+                    {"params": held, "batch_stats": state.batch_stats}, images, train=True, mutable=[collection],
                     rngs={"dropout": dropout_key},
                 )  # fmt: skip
-            value, metrics = global_loss(emb, batch["identity"], params["loss"], state.memory, loss_key, state.step)
-            return value, (updates.get("batch_stats", state.batch_stats), emb, metrics)
+            return emb, updates.get(collection, {})
 
-        (value, (batch_stats, emb, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        def cost(emb: jax.Array, photos: dict[str, jax.Array], params: Any):
+            return global_loss(emb, photos["identity"], params, state.memory, loss_key, state.step)
+
+        def objective(params: Any):
+            emb, statistics = encode(params["encoder"], batch, "batch_stats")
+            value, metrics = cost(emb, batch, params["loss"])
+            return value, (statistics, emb, metrics)
+
+        if parts == 1:
+            (value, (batch_stats, emb, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        else:
+            value, metrics, emb, moments, grads = in_chunks(
+                encode, cost, state.params, batch, chunks=parts, mesh=mesh, shardings=shardings.params
+            )
+            batch_stats = layers.after_chunks(state.batch_stats, moments)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         health = diagnostics.measure(emb, value, metrics, grads, batch_stats, changes)
         finite = health["finite"]
