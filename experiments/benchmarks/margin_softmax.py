@@ -19,7 +19,7 @@ Bar: none.
 
 import os
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,18 +81,18 @@ def make(
         "slot": np.arange(BATCH, dtype=np.int32),
     }
     moved = next(meshes.to_devices([host], mesh))
-    update = steps.make_train_step(
+    update: Any = steps.make_train_step(
         encoder, loss, optimizer, loop.make_views(experiment), seed=0, ema=0.999, mesh=mesh, shardings=shardings
     )
     kept = [jax.device_put(state, shardings)]
     del state
-    program = cast(jax.stages.Wrapped, update).lower(kept[0], moved).compile()
+    program = update.lower(kept[0], moved).compile()
     rows = [
         leaf.addressable_shards[0].data.nbytes
         for path, leaf in jax.tree_util.tree_leaves_with_path(kept[0])
         if any(getattr(part, "key", None) == meshes.CLASS_KERNEL for part in path)
     ]
-    sizes = {"state MB": sum(rows) / 1e6, "temporary MB": cast(Any, program.memory_analysis()).temp_size_in_bytes / 1e6}
+    sizes = {"state MB": sum(rows) / 1e6, "temporary MB": program.memory_analysis().temp_size_in_bytes / 1e6}
 
     def call() -> dict[str, float]:
         kept[0], metrics = jax.block_until_ready(program(kept[0], moved))
@@ -129,8 +129,8 @@ def compiled(classes: int, devices: int, batch: int, sample: float) -> dict[str,
     sharding = meshes.batch_sharding(mesh)
     shapes = (((batch, DIM), np.float32), ((batch,), np.int32), ((rows, DIM), np.float32))
     arrays = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
-    program = jax.jit(jax.value_and_grad(loss, (0, 2))).lower(*arrays).compile()
-    temporary = cast(Any, program.memory_analysis()).temp_size_in_bytes / 1e6
+    program: Any = jax.jit(jax.value_and_grad(loss, (0, 2))).lower(*arrays).compile()
+    temporary = program.memory_analysis().temp_size_in_bytes / 1e6
     return {"classes": classes, "devices": devices, "photos": batch, "sample": sample, "temporary MB": temporary}
 
 
