@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from faceembed import checkpoint
+
 ROOT = Path(__file__).parents[1]
 STEPS = 16
 TINY = (
@@ -218,6 +220,7 @@ def test_other_photos_in_the_run_directory_are_refused(whole, tmp_path):
     data = next((copy / "checkpoints" / str(STEPS) / "data").glob("metadata"))
     facts = json.loads(data.read_text())
     data.write_text(json.dumps({**facts, "fingerprint": "0" * 64}))
+    checkpoint.seal(copy / "checkpoints" / str(STEPS))  # or it would be taken for a damaged one
     process = start(copy)
     told = process.communicate(timeout=120)[0]
     assert process.returncode == 1
