@@ -464,8 +464,6 @@ def joined(
     group = _Group(place, lines, everyone)
     import jax
 
-    # Otherwise JAX catches SIGTERM, and a process that is asked to end does not.
-    jax.config.update("jax_enable_preemption_service", False)
     address = f"[{place.host}]" if ":" in place.host else place.host
     jax.distributed.initialize(
         f"{address}:{place.port}", place.processes, place.process,
@@ -480,12 +478,10 @@ def joined(
         print(f"{place.processes} processes, by {place.told_by}, on {names}; {len(jax.devices())} devices")
         try:
             yield
-            from_all("end", None)
+            group.leave()
         except BaseException as error:
             group.fail(error)
             raise
-        jax.distributed.shutdown()
-        group.leave()
 
 
 def _talk(devices: Sequence[Any]) -> None:
@@ -571,7 +567,11 @@ class _Group:
         atexit.register(end_now)
 
     def leave(self) -> None:
-        """All have finished."""
+        """Waits until all have finished."""
+        import jax
+
+        from_all("end", None)
+        jax.distributed.shutdown()
         self._leaving = True
         for line in self._lines.values():
             line.send({"leaves": True})
