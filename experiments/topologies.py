@@ -102,11 +102,12 @@ def drawn(found: dict[str, dict[str, np.ndarray]], source: str) -> str:
     """The figure of precision → run → losses: losses over each other, and beside them how far they are apart."""
     steps = np.arange(1, STEPS + 1)
     curves = [plots.Line(name=name, x=steps, y=loss) for name, loss in found["float32"].items()]
+    pairs = [(precision, name, away) for precision, runs in found.items() for name, away in apart(runs).items()]
     differences = [
-        plots.Line(name=f"{name}, {precision}: at most {away.max():.1e}", x=steps, y=away)
-        for precision, runs in found.items()
-        for name, away in apart(runs).items()
+        plots.Line(name=f"{name}, {precision}: at most {away.max():.1e}", x=steps, y=away, hue=hue)
+        for hue, (precision, name, away) in enumerate(pairs, start=1)
     ]
+    ticks = {10.0**power: f"1e{power}" for power in range(-15, 0, 3)}
     moves = [plots.Mark(at=step, label=f"→ {MOVES[to]}") for step, to in itertools.pairwise(MOVES)]
     return plots.grid(
         [
@@ -114,7 +115,12 @@ def drawn(found: dict[str, dict[str, np.ndarray]], source: str) -> str:
                 curves, title=f"Loss on {source}, float32", x_label="update", y_label="triplet loss", marks=moves
             ),
             plots.lines(
-                differences, title=f"Difference from {WHOLE}", x_label="update", y_label="|difference|", y_log=True
+                differences,
+                title=f"Difference from {WHOLE}",
+                x_label="update",
+                y_label="|difference|",
+                y_log=True,
+                y_ticks=ticks,
             ),
         ]
     )

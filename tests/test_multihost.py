@@ -156,8 +156,9 @@ def folder(tmp_path_factory):
         for number in range(4):
             pixels = (face + draw.integers(0, 256, (16, 16, 3))) // 2
             Image.fromarray(pixels.astype(np.uint8)).save(person / f"{number}.png")
-    for precision in ("float32", "float64"):
-        (folder / f"{precision}.json").write_text(config.to_json(experiment(folder, precision=precision)))
+    for precision, loss in (("float32", config.Triplet()), ("float64", config.Contrastive())):
+        about = experiment(folder, precision=precision, loss=loss)
+        (folder / f"{precision}.json").write_text(config.to_json(about))
     return folder
 
 
