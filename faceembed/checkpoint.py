@@ -31,7 +31,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from faceembed import config as configs
@@ -452,7 +451,7 @@ def _unreadable(step: Path, items: Sequence[str]) -> str | None:
 def set_aside_damaged(run: Path) -> list[str]:
     """Moves damaged steps out of the way, to RUN/damaged, so that training goes on from the newest that is whole.
 
-    To be called by every process before the steps are opened; the first one does it.
+    To be called by the first process alone, while the others wait and nobody has opened the steps.
 
     Returns:
       A sentence for each.
@@ -461,28 +460,25 @@ def set_aside_damaged(run: Path) -> list[str]:
       ValueError: no step is whole.
     """
     told = []
-    if jax.process_index() == 0:
-        folder = run / "checkpoints"
-        steps = sorted(int(step.name) for step in folder.iterdir() if step.name.isdigit()) if folder.is_dir() else []
-        reasons = {step: reason for step in steps if (reason := damage((folder / str(step)).resolve()))}
-        if steps and len(reasons) == len(steps):
-            lines = "\n".join(f"  step {step}: {reason}" for step, reason in reasons.items())
-            raise ValueError(
-                f"every checkpoint of {run} is damaged:\n{lines}\n"
-                "Bring one back from a copy, or start afresh with another --run-dir."
-            )
-        for step, reason in reasons.items():
-            kept = run / "damaged" / str(step)
-            while kept.exists():
-                kept = kept.with_name(f"{kept.name}-again")
-            kept.parent.mkdir(exist_ok=True)
-            (folder / str(step)).rename(kept)
-            told.append(f"the checkpoint of step {step} is damaged: {reason}. It is left out, and kept as {kept}.")
-        for step in set(steps) - set(reasons):
-            if not (folder / str(step) / SUMS).exists():
-                seal(folder / str(step))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+    folder = run / "checkpoints"
+    steps = sorted(int(step.name) for step in folder.iterdir() if step.name.isdigit()) if folder.is_dir() else []
+    reasons = {step: reason for step in steps if (reason := damage((folder / str(step)).resolve()))}
+    if steps and len(reasons) == len(steps):
+        lines = "\n".join(f"  step {step}: {reason}" for step, reason in reasons.items())
+        raise ValueError(
+            f"every checkpoint of {run} is damaged:\n{lines}\n"
+            "Bring one back from a copy, or start afresh with another --run-dir."
+        )
+    for step, reason in reasons.items():
+        kept = run / "damaged" / str(step)
+        while kept.exists():
+            kept = kept.with_name(f"{kept.name}-again")
+        kept.parent.mkdir(exist_ok=True)
+        (folder / str(step)).rename(kept)
+        told.append(f"the checkpoint of step {step} is damaged: {reason}. It is left out, and kept as {kept}.")
+    for step in set(steps) - set(reasons):
+        if not (folder / str(step) / SUMS).exists():
+            seal(folder / str(step))
     return told
 
 
