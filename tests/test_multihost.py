@@ -123,6 +123,8 @@ def free_port():
 def start(*arguments, devices=4, cache=None):
     """A Python process with virtual devices. It compiles without optimisation, in half the time."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    # Eight devices on a busy processor or two may keep each other waiting for more than the usual half a minute.
+    flags += " --xla_cpu_collective_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=300"
     flags += " --xla_llvm_disable_expensive_passes=true"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
     environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
