@@ -77,7 +77,6 @@ with processes.joined(**place) if int(port) else contextlib.nullcontext():
         about = config.from_json((folder / ("float64.json" if "64" in run else "float32.json")).read_text())
         options = {"devices": 1} if run == "moved1" else {"shard_optimizer": run == "divided"}
         seen["returned"][run] = loop.train(about, folder / "runs" / run, progress=False, **options)
-        (folder / f"{run} is done").touch()
     for what, check in {
         "own directory": lambda: processes.require_shared(folder / f"own{process}"),
         "other photos": lambda: processes.require_same("photos", {"a": {"photos": 7 + process}, "b": 1}),
@@ -193,14 +192,12 @@ def cut_in_half(run, copy):
 def trained(folder):
     """Runs of one process with eight devices and of two with four: (their folder, what each saw, what each said)."""
     runs = folder / "runs"
-    with trains(folder, "one", "one", "one64") as one:
-        while not (folder / "one is done").exists():
-            assert one[0].poll() is None, one[0].communicate()
-            time.sleep(0.1)
-        cut_in_half(runs / "one", runs / "resumed")
-        with trains(folder, "two", "fresh", "resumed", "fresh64", several=True) as two:
-            seen, told = outcome(folder, "two", two)
-            outcome(folder, "one", one)
+    with (
+        trains(folder, "one", "one", "one64") as one,
+        trains(folder, "two", "fresh", "fresh64", several=True) as two,
+    ):
+        seen, told = outcome(folder, "two", two)
+        outcome(folder, "one", one)
     return runs, seen, told
 
 
@@ -275,8 +272,15 @@ def goes_on_like(run, whole):
     assert 0 < apart(run, whole) < 1e-3
 
 
-def test_two_processes_go_on_with_the_checkpoint_of_one(trained):
-    goes_on_like(trained[0] / "resumed", trained[0] / "one")
+@pytest.mark.slow
+def test_two_processes_go_on_with_the_checkpoint_of_one(trained, folder):
+    runs, moved = trained[0], ("moved", "divided")  # the second divides its optimizer over both processes
+    for run in moved:
+        cut_in_half(runs / "one", runs / run)
+    with trains(folder, "going on", *moved, several=True) as two:
+        outcome(folder, "going on", two)
+    for run in moved:
+        goes_on_like(runs / run, runs / "one")
 
 
 @pytest.mark.slow
@@ -284,19 +288,10 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(trained, folder):
     runs, moved = trained[0], ("moved8", "moved1")
     for run in moved:
         cut_in_half(runs / "fresh", runs / run)
-    with trains(folder, "one", *moved) as one:
-        outcome(folder, "one", one)
+    with trains(folder, "going on", *moved) as one:
+        outcome(folder, "going on", one)
     for run in moved:
         goes_on_like(runs / run, runs / "one")
-
-
-@pytest.mark.slow
-def test_an_optimizer_divided_over_processes_takes_the_same_steps(trained, folder):
-    cut_in_half(trained[0] / "one", trained[0] / "divided")
-    with trains(folder, "two", "divided", several=True) as two:
-        outcome(folder, "two", two)
-    for item in ("params", "train"):
-        assert 0 < apart(trained[0] / "divided", trained[0] / "one", item) < 1e-3
 
 
 def test_processes_that_were_started_differently_are_refused_by_all(trained):
@@ -373,7 +368,7 @@ def test_a_host_that_is_cut_off_ends_the_others_by_its_silence(victim):
         _, text = started[1 - victim].communicate(timeout=100)
         assert time.monotonic() - began < 5 * heartbeat
         assert started[1 - victim].returncode != 0
-        assert "heartbeat" in text
+        assert "the JAX distributed service detected fatal errors" in text
 
 
 @pytest.mark.slow
@@ -553,11 +548,13 @@ def test_a_program_that_is_not_ours_is_not_process_0():
         port = other.getsockname()[1]
 
         def answers():
-            with other.accept()[0] as connection:
-                connection.sendall(b"\x00\x00\x12\x04\n")
-                time.sleep(1)
+            other.settimeout(3)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    with other.accept()[0] as connection:
+                        connection.sendall(b"\x00\x00\x12\x04\n")
 
-        told, _ = meet(lambda: processes._call(place(1, 2, port), 0.001), answers)
+        told, _ = meet(lambda: processes._call(place(1, 2, port), 1.0), answers)
     assert "what answers there is no process 0 of faceembed" in told
 
 
