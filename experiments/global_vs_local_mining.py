@@ -1,4 +1,4 @@
-"""How much does mining over all devices matter, by batch per device?  (About an hour on two busy cores.)
+"""How much does mining over all devices matter, by batch per device?  (About 40 minutes on two idle cores.)
 
     python launch.py data prepare celeba …  and  lfw …, with peopleDevTest.txt
     python -m experiments.global_vs_local_mining [--seeds 0 1 2 3 4] [--quick]
@@ -23,6 +23,9 @@ Fixed before a result was looked at:
   of freedom as there are seeds less one, says what other seeds would give on these test people; the other adds the
   variance over test people of the mean difference (the infinitesimal jackknife of people's weights).
 - Seeds 0 to 4. More are added, if at all, for all batches alike.
+
+With 15,974 photos of 5,561 people of CelebA, points of AUC and the interval over seeds: +1.95 [1.40, 2.50] at 8 photos a
+device, +1.50 [0.94, 2.06] at 16, +0.85 [0.13, 1.57] at 32. docs/triplet-training.md has more.
 
 Finished runs are kept in --runs and are not made again; the table, results.json and global_vs_local.svg are made of all
 that are there.

@@ -84,6 +84,7 @@ def test_within_a_pair_of_runs_only_the_groups_differ_and_all_see_as_many_photos
         assert dataclasses.replace(first, loss=second.loss) == second
         assert dataclasses.replace(first.loss, groups=experiment.DEVICES) == second.loss
         assert first.batch.people * first.batch.photos == experiment.DEVICES * whole.each
+        assert (first.batch.photos, first.batch.singletons) == (2, 0)  # whole people in every group
         assert first.steps * experiment.DEVICES * whole.each == experiment.PHOTOS
 
 
