@@ -468,9 +468,6 @@ class Checkpoint:
                 )
 
 
-MEANS_OVER_PHOTOS = ("CosFace", "ArcFace")
-"""Types of losses that are means of what each photo costs by itself: `Batch.accumulate` does not change them."""
-
 Encoder = ConvNet | MobileFaceNet | IResNet | InceptionResNetV1 | ViT | DlibResNet
 Loss = Triplet | Contrastive | PairLogistic | CosFace | ArcFace
 Optimizer = AdamW | SGD
@@ -536,7 +533,7 @@ class Experiment:
                 f"photos={self.batch.photos}) does not divide into so many groups. "
                 f"Try --batch.people {-(-self.batch.people // multiple) * multiple}."
             )
-        if self.batch.accumulate > 1 and type(self.loss).__name__ not in MEANS_OVER_PHOTOS:
+        if self.batch.accumulate > 1 and not isinstance(self.loss, CosFace | ArcFace):
             raise ValueError(
                 f"batch.accumulate is {self.batch.accumulate}, and the loss {type(self.loss).__name__} compares photos: it "
                 "would do so within each chunk only. "

@@ -456,7 +456,8 @@ def _mean_distances(layout: mining.Layout, distance: Array) -> tuple[Array, Arra
 # --- The global batch
 
 
-def _check(emb: Array, identity: Array, margin: float | Array) -> None:
+def check_batch(emb: Array, identity: Array) -> None:
+    """Raises ValueError unless emb is float [b, d] with one integer id a row, b and d at least 1."""
     if emb.ndim != 2 or 0 in emb.shape or not jnp.issubdtype(emb.dtype, jnp.floating):
         raise ValueError(f"emb is {emb.dtype}{list(emb.shape)}; pass float embeddings [b, d] of at least one photo.")
     if identity.shape != emb.shape[:1] or not jnp.issubdtype(identity.dtype, jnp.integer):
@@ -464,6 +465,10 @@ def _check(emb: Array, identity: Array, margin: float | Array) -> None:
             f"identity is {identity.dtype}{list(identity.shape)} beside emb {list(emb.shape)}; "
             f"pass one integer person id a row: [{emb.shape[0]}]."
         )
+
+
+def _check(emb: Array, identity: Array, margin: float | Array) -> None:
+    check_batch(emb, identity)
     if isinstance(margin, int | float) and not margin >= 0:
         raise ValueError(f"margin is {margin}; a negative margin rewards a mistake. Pass a margin ≥ 0, such as 0.2.")
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+from faceembed import losses
 from faceembed import mesh as meshes
-from faceembed.losses import AxisName
 
 ROWS = 768
 """Rows of the class kernel come in multiples of this (2⁸·3), and negatives are drawn in so many blocks of equal size: any
@@ -129,7 +129,7 @@ def margin_softmax_loss(
     margin: float,
     sample: float = 1.0,
     key: Array | None = None,
-    axis_name: AxisName = None,
+    axis_name: losses.AxisName = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy of a photo's own class, whose cosine is lowered by a margin, among all classes.
 
@@ -183,11 +183,8 @@ def margin_softmax_loss(
             f"padded_rows(classes) = {padded_rows(classes)} rows."
         )
 
-    emb = emb.astype(jnp.promote_types(emb.dtype, jnp.float32))
-    first = jnp.int32(0)
-    if axis_name is not None:
-        first = lax.axis_index(axis_name) * rows
-        emb, identity = (lax.all_gather(x, axis_name, tiled=True) for x in (emb, identity))
+    _, emb, _, identity = losses.gather(emb, identity, axis_name)
+    first = jnp.int32(0) if axis_name is None else lax.axis_index(axis_name) * rows
     photos = _unit(emb)
 
     # ---- the own class: the device that has its row knows the cosine
@@ -241,13 +238,7 @@ def _unit(x: Array) -> Array:
 
 
 def _check(emb: Array, identity: Array, kernel: Array, classes: int, rows: int) -> None:
-    if emb.ndim != 2 or 0 in emb.shape or not jnp.issubdtype(emb.dtype, jnp.floating):
-        raise ValueError(f"emb is {emb.dtype}{list(emb.shape)}; pass float embeddings [b, d] of at least one photo.")
-    if identity.shape != emb.shape[:1] or not jnp.issubdtype(identity.dtype, jnp.integer):
-        raise ValueError(
-            f"identity is {identity.dtype}{list(identity.shape)} beside emb {list(emb.shape)}; "
-            f"pass one integer class a row: [{emb.shape[0]}]."
-        )
+    losses.check_batch(emb, identity)
     if kernel.ndim != 2 or kernel.shape[1] != emb.shape[1] or not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise ValueError(
             f"kernel is {kernel.dtype}{list(kernel.shape)} beside emb {list(emb.shape)}; pass float class weights "

@@ -353,7 +353,7 @@ def test_a_tie_is_a_miss_and_nan_and_unknown_people_reach_the_loss():
         ({"classes": 5}, "classes is 5 and the kernel has 4 rows"),
         ({"classes": 1}, "compared with one other class"),
         ({"emb": np.zeros((2, 3), np.int32)}, "pass float embeddings"),
-        ({"identity": np.zeros(3, np.int32)}, "one integer class a row"),
+        ({"identity": np.zeros(3, np.int32)}, "one integer person id a row"),
         ({"kernel": np.zeros((4, 2), np.float32)}, r"\[c, 3\]"),
     ],
 )

@@ -355,9 +355,9 @@ def test_chunks_that_can_be():
     meshes.check_batch(meshes.make_mesh(8), 4, 4, accumulate=2)
 
 
-def test_losses_by_photo_may_be_accumulated(monkeypatch):
-    monkeypatch.setattr(config, "MEANS_OVER_PHOTOS", ("Contrastive",))
-    config.Experiment(batch=config.Batch(accumulate=2), loss=config.Contrastive())
+@pytest.mark.parametrize("loss", [config.CosFace(), config.ArcFace()])
+def test_losses_by_photo_may_be_accumulated(loss):
+    config.Experiment(batch=config.Batch(accumulate=2), loss=loss)
 
 
 def test_a_training_passes_its_chunks_on_and_says_what_batch_norm_sees(monkeypatch, tmp_path, noise_photos, capsys):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from faceembed import checkpoint
+from tests.conftest import xla_flags
 
 ROOT = Path(__file__).parents[1]
 STEPS = 16
@@ -26,8 +27,7 @@ TINY = (
 
 
 def environment(devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices), "PYTHONUNBUFFERED": "1"}
 
 
 def start(run, *more, devices=1, **variables):

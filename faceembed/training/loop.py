@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -208,6 +209,10 @@ def train(
             known = checkpoints.data.get("bad_photos", []) if first else []
             stand_ins = pipeline.StandIns(learn, skip_bad_photos, known)
 
+            def bad_photos(number: int) -> list[str]:
+                """Those of all processes: each reads its share, and one alone writes them down."""
+                return list(dict.fromkeys(itertools.chain(*processes.from_all("bad photos", stand_ins.keys(number)))))
+
             # ---- the loop ------------------------------------------------------------------------------------------
             host = pipeline.batches(
                 learn, sampler, size=pre.size, margin=experiment.data.margin, start_step=first, steps=experiment.steps,
@@ -258,13 +263,13 @@ def train(
                         ema = meshes.gathered(mesh, state.ema)
                         score = processes.from_first("score", select.auc(embed_fn, ema) if select else None)
                         log.write(number, {"select_auc": score})
-                        checkpoints.save(state, experiment, {**about, "bad_photos": stand_ins.keys(number)}, score)
+                        checkpoints.save(state, experiment, {**about, "bad_photos": bad_photos(number)}, score)
                         tqdm.write(f"step {number}: AUC {score:.4f} on pairs of {chosen} select people")
                         span = _Span(number + 1, finished=number)
                     if stopping:
                         if not save:  # without a score, since a step that nobody asked for must not become the best
                             journal.flush()
-                            so_far = {"bad_photos": stand_ins.keys(number), "row": span.rows()}
+                            so_far = {"bad_photos": bad_photos(number), "row": span.rows()}
                             checkpoints.save(state, experiment, {**about, **so_far})
                         checkpoints.wait()
                         break
@@ -272,10 +277,10 @@ def train(
             raise stop.stopped(number)
 
         # ---- verification of people nobody has looked at so far ----------------------------------------------------
-        bad_photos = stand_ins.keys(experiment.steps)
+        bad = bad_photos(experiment.steps)
         if not leads:
             return None
-        return evaluate.final_report(run, people_of, bad_photos=bad_photos, progress=progress, command=command)
+        return evaluate.final_report(run, people_of, bad_photos=bad, progress=progress, command=command)
 
 
 def open_origin(experiment: config.Experiment, shapes: Any) -> embed.Embedder:
