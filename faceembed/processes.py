@@ -462,26 +462,28 @@ def joined(
         return
     lines, everyone = (_receive_all if place.process == 0 else _call)(place, join_seconds)
     group = _Group(place, lines, everyone)
-    import jax
+    try:
+        import jax
 
-    address = f"[{place.host}]" if ":" in place.host else place.host
-    jax.distributed.initialize(
-        f"{address}:{place.port}", place.processes, place.process,
-        local_device_ids=visible_devices(place.process, everyone), cluster_detection_method="deactivate",
-        initialization_timeout=60, heartbeat_timeout_seconds=heartbeat_seconds, shutdown_timeout_seconds=60,
-    )  # fmt: skip
-    _talk(jax.devices())
-    names = ", ".join(dict.fromkeys(hello["host"] for hello in everyone))
-    with contextlib.ExitStack() as stack:
-        if place.process:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        print(f"{place.processes} processes, by {place.told_by}, on {names}; {len(jax.devices())} devices")
-        try:
+        # A signal that asks to stop is the training's to handle, see `Agreement`; before it, SIGTERM ends the process.
+        jax.config.update("jax_enable_preemption_service", False)
+        address = f"[{place.host}]" if ":" in place.host else place.host
+        jax.distributed.initialize(
+            f"{address}:{place.port}", place.processes, place.process,
+            local_device_ids=visible_devices(place.process, everyone), cluster_detection_method="deactivate",
+            initialization_timeout=60, heartbeat_timeout_seconds=heartbeat_seconds, shutdown_timeout_seconds=60,
+        )  # fmt: skip
+        _talk(jax.devices())
+        names = ", ".join(dict.fromkeys(hello["host"] for hello in everyone))
+        with contextlib.ExitStack() as stack:
+            if place.process:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            print(f"{place.processes} processes, by {place.told_by}, on {names}; {len(jax.devices())} devices")
             yield
             group.leave()
-        except BaseException as error:
-            group.fail(error)
-            raise
+    except BaseException as error:
+        group.fail(error)
+        raise
 
 
 def _talk(devices: Sequence[Any]) -> None:
@@ -608,6 +610,29 @@ def from_all(name: str, value: Any) -> list[Any]:
                 # Only between calls does Python see Ctrl-C.
 
     return [wait(number) for number in range(jax.process_count())]
+
+
+class Agreement:
+    """SIGTERM to any process, and the update after which all of them stop.
+
+    The protocol is JAX's (`multihost_utils.reached_preemption_sync_point`), in an instance of our own: Orbax asks the
+    shared one, too, about steps that are long past, and that turns its counter back.
+    """
+
+    def __init__(self) -> None:
+        from jax._src import distributed
+        from jax._src.lib import _jax
+
+        self._manager = _jax.create_preemption_sync_manager()
+        self._manager.initialize(distributed.global_state.client)
+
+    def reached(self, step: int) -> bool:
+        """Whether all stop after this update; to be asked after every one. None waits for another."""
+        return bool(self._manager.reached_sync_point(step))
+
+    def close(self) -> None:
+        """Leaves SIGTERM alone; the handler that was there before is the caller's to put back."""
+        self._manager.shutdown()
 
 
 def from_first(name: str, value: Any) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -46,7 +47,7 @@ def experiment(folder, **changes):
 
 # What a process does: it trains experiments one after another, alone or as one of two, and writes down what it saw.
 TRAINS = """
-import contextlib, io, json, sys, threading
+import contextlib, dataclasses, io, json, os, signal, sys, threading
 from pathlib import Path
 from faceembed import config, evaluate, processes
 from faceembed.data import pipeline
@@ -59,9 +60,16 @@ processes.SEEN_SECONDS = 1
 seen = {"reads": {}, "written": [], "returned": {}, "refused": {}}
 lock, crop = threading.Lock(), pipeline._crop
 
+broken = json.loads((folder / "broken.json").read_text())
+
 def watched(photos, index, *rest):
+    key = str(photos.keys[index])
     with lock:
-        seen["reads"].setdefault(run, []).append(str(photos.keys[index]))
+        seen["reads"].setdefault(run, []).append(key)
+    if run == "stopped" and process == 1 and len(seen["reads"][run]) == 16 * 5 and "stopped" not in seen["refused"]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if run == "broken" and key in broken:
+        raise ValueError(f"{key}: cannot be decoded")
     return crop(photos, index, *rest)
 
 def opened(event, arguments):
@@ -73,19 +81,28 @@ sys.addaudithook(opened)
 place = {"coordinator": f"127.0.0.1:{port}", "num_processes": 2, "process_id": process, "join_seconds": 120}
 with processes.joined(**place) if int(port) else contextlib.nullcontext():
     import jax
-    from faceembed.training import loop
+    from faceembed.training import interrupts, loop
 
     seen["devices"] = [jax.local_device_count(), jax.device_count()]
     for run in sys.argv[5:]:
         about = config.from_json((folder / ("float64.json" if "64" in run else "float32.json")).read_text())
         options = {"devices": 1} if run == "moved1" else {"shard_optimizer": run == "divided"}
-        seen["returned"][run] = loop.train(about, folder / "runs" / run, progress=False, **options)
+        try:
+            seen["returned"][run] = loop.train(
+                about, folder / "runs" / run, progress=False, skip_bad_photos=3, **options
+            )
+        except interrupts.Stopped as stopped:
+            seen["refused"][run] = str(stopped)
+    own = folder / f"own{process}"  # of its photos, those of process 1 lack one
+    os.chdir(own)
+    here = dataclasses.replace(about, data=config.Data(source="folder:photos", data_dir=str(own), memory_gb=0))
     for what, check in {
-        "own directory": lambda: processes.require_shared(folder / f"own{process}"),
-        "other photos": lambda: processes.require_same("photos", {"a": {"photos": 7 + process}, "b": 1}),
+        "own directory": lambda: loop.train(about, Path("own")),
+        "other photos": lambda: loop.train(here, folder / "runs" / "other", progress=False),
         "other flags": lambda: loop.train(config.Experiment(steps=5 + process), folder / "runs" / "other"),
+        "other devices": lambda: loop.train(about, folder / "runs" / "other", shard_optimizer=bool(process)),
+        "other facts": lambda: processes.require_same("facts", {"a": {"photos": 7 + process}, "b": 1}),
     }.items() if name == "two" else ():
-        (folder / f"own{process}").mkdir(exist_ok=True)
         try:
             check()
         except ValueError as error:
@@ -123,13 +140,13 @@ def free_port():
         return str(server.getsockname()[1])
 
 
-def start(*arguments, devices=4, cache=None):
+def start(*arguments, devices=4, cache=None, platform="cpu"):
     """A Python process with virtual devices."""
     flags = xla_flags(devices)
     # Eight devices on a busy processor or two may keep each other waiting for more than the usual half a minute.
     flags += " --xla_cpu_collective_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=300"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment |= {"JAX_PLATFORMS": platform, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     if cache:  # a second program like the first is not compiled again
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
     return subprocess.Popen(
@@ -160,10 +177,23 @@ def folder(tmp_path_factory):
         for number in range(4):
             pixels = (face + draw.integers(0, 256, (16, 16, 3))) // 2
             Image.fromarray(pixels.astype(np.uint8)).save(person / f"{number}.png")
+    for process in (0, 1):
+        shutil.copytree(folder / "photos", folder / f"own{process}" / "photos")
+    (folder / "own1" / "photos" / "p000" / "0.png").unlink()
     for precision, loss in (("float32", config.Triplet()), ("float64", config.Contrastive())):
         about = experiment(folder, precision=precision, loss=loss)
         (folder / f"{precision}.json").write_text(config.to_json(about))
+    # Photos that only one of two processes reads: two of the second's, one of the first's.
+    learn = evaluate.split_photos(open_photos(folder))["train"]
+    plan = sampling.make_sampler(learn.identity, people=8, photos=4, seed=0)
+    reads = [set(np.concatenate([sampling.share(plan.batch(step), p, 2) for step in range(STEPS)])) for p in (0, 1)]
+    chosen = sorted(reads[1] - reads[0])[:2] + sorted(reads[0] - reads[1])[:1]
+    (folder / "broken.json").write_text(json.dumps([str(learn.keys[index]) for index in chosen]))
     return folder
+
+
+def open_photos(folder):
+    return sources.open_source(f"folder:{folder / 'photos'}", data_dir=folder / "data", progress=False)
 
 
 def trains(folder, name, *runs, several=False):
@@ -196,7 +226,7 @@ def trained(folder):
     runs = folder / "runs"
     with (
         trains(folder, "one", "one", "one64") as one,
-        trains(folder, "two", "fresh", "fresh64", several=True) as two,
+        trains(folder, "two", "fresh", "fresh64", "broken", "stopped", "stopped", several=True) as two,
     ):
         seen = outcome(folder, "two", two)
         outcome(folder, "one", one)
@@ -241,8 +271,7 @@ def test_in_float64_to_the_ninth_digit(trained):
 
 def test_each_process_reads_its_share_of_each_batch_and_the_first_alone_evaluates(trained, folder):
     seen = trained[1]
-    photos = sources.open_source(f"folder:{folder / 'photos'}", data_dir=folder / "data", progress=False)
-    people_of = evaluate.split_photos(photos)
+    people_of = evaluate.split_photos(open_photos(folder))
     learn = people_of["train"]
     plan = sampling.make_sampler(learn.identity, people=8, photos=4, seed=0)
     select = Counter(map(str, people_of["select"].keys))
@@ -265,6 +294,29 @@ def test_only_the_first_process_writes_and_speaks(trained):
     assert "only process 0 says this" in seen[0]["said"]
     assert "2 processes, by --coordinator, on " in seen[0]["said"]
     assert seen[1]["said"] == ""
+
+
+def test_sigterm_to_one_process_stops_all_after_the_same_update_and_they_go_on(trained):
+    runs, seen = trained
+    one, other = (part["refused"]["stopped"] for part in seen)
+    assert one == other
+    step = int(re.fullmatch(r"stopped by SIGTERM at step (\d+); saved; the same command goes on", one)[1])
+    assert 0 < step < STEPS
+    assert f"stopped: going on from step {step} of {STEPS}" in seen[0]["said"]
+    goes_on_like(runs / "stopped", runs / "fresh")
+
+
+def test_photos_that_break_in_any_process_are_told_by_the_first_and_saved(trained, folder):
+    runs, seen = trained
+    broken = json.loads((folder / "broken.json").read_text())
+    events = [json.loads(line) for line in (runs / "broken" / "events.jsonl").read_text().splitlines()]
+    told = [event for event in events if event["kind"] == "bad photo"]
+    assert sorted(event["message"].split(": ")[0] for event in told) == sorted(broken)
+    for event in told:
+        assert "cannot be decoded; a photo of the same person is shown in its place from here on." in event["message"]
+        assert f"step {event['step']}: {event['message']}" in seen[0]["said"]
+    data = runs / "broken" / "checkpoints" / str(STEPS) / "data" / "metadata"
+    assert sorted(json.loads(data.read_text())["bad_photos"]) == sorted(broken)
 
 
 def goes_on_like(run, whole):
@@ -297,11 +349,13 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(trained, folder):
 
 def test_processes_that_were_started_differently_are_refused_by_all(trained):
     (one, other), host = (part["refused"] for part in trained[1]), socket.gethostname()
-    assert one.pop("own directory").replace("own0", "own1") == (own := other.pop("own directory"))
     assert one == other
-    assert f"is another directory than on process 1 on {host}: " in own
-    assert "a file system that all hosts share" in own
-    assert "the same photos:\n  a.photos is 8 in process 1, 7 in process 0\nStart all" in one["other photos"]
+    assert f"own on process 0 is another directory than on process 1 on {host}: " in one["own directory"]
+    assert "a file system that all hosts share" in one["own directory"]
+    assert "the same photos:\n  photos is " in one["other photos"]
+    assert "\n  fingerprint is " in one["other photos"]
+    assert "the same flags:\n  shard_optimizer is True in process 1, False in process 0\n" in one["other devices"]
+    assert "the same facts:\n  a.photos is 8 in process 1, 7 in process 0\nStart all" in one["other facts"]
     assert "the same flags:\n  steps is 6 in process 1, 5 in process 0\n" in one["other flags"]
 
 
@@ -315,7 +369,7 @@ def test_a_start_without_all_processes_fails_in_each_that_is_there(tmp_path):
     begun = time.monotonic()
     with ended(*(start(*flags, "--process-id", number) for number in (0, 2))) as started:
         told = [process.communicate(timeout=60)[1] for process in started]
-    assert time.monotonic() - begun < 5 * (seconds + processes.GRACE_SECONDS)
+    assert time.monotonic() - begun < seconds + processes.GRACE_SECONDS + 30  # for Python to start
     assert [process.returncode for process in started] == [1, 1]
     for text in told:
         assert "error: 2 of 3 processes joined within 5 s; missing: 1." in text
@@ -345,7 +399,7 @@ def test_when_one_process_ends_the_other_does_and_says_why(victim, does, how, to
             started[victim].kill()
         began = time.monotonic()
         _, text = started[1 - victim].communicate(timeout=100)
-        assert time.monotonic() - began < 5 * processes.GRACE_SECONDS
+        assert time.monotonic() - began < processes.GRACE_SECONDS
         assert started[1 - victim].returncode == 1
         assert told.replace("HOST", socket.gethostname()) in text
         if how == "raises":
@@ -354,6 +408,18 @@ def test_when_one_process_ends_the_other_does_and_says_why(victim, does, how, to
             assert "stops, and the others with it:" in mine
             assert "ValueError: the disk is full" in mine
             assert "So process" not in mine
+
+
+def test_a_process_that_cannot_start_jax_ends_the_others_at_once_with_its_reason():
+    port = free_port()
+    with ended(
+        start("-c", GRIEF, port, 0, "waits", 100), start("-c", GRIEF, port, 1, "waits", 100, platform="cuda")
+    ) as both:
+        told = [process.communicate(timeout=60)[1] for process in both]
+        assert [process.returncode for process in both] == [1, 1]
+    assert f"process 1 of 2 ({socket.gethostname()}) stopped: " in told[0]
+    assert f"process 1 of 2 ({socket.gethostname()}) stops, and the others with it:" in told[1]
+    assert "is gone without a word" not in told[0] + told[1]
 
 
 @pytest.mark.slow
@@ -367,43 +433,77 @@ def test_a_host_that_is_cut_off_ends_the_others_by_its_silence(victim):
         os.kill(started[victim].pid, signal.SIGSTOP)
         began = time.monotonic()
         _, text = started[1 - victim].communicate(timeout=100)
-        assert time.monotonic() - began < 5 * heartbeat
+        assert time.monotonic() - began < heartbeat + processes.GRACE_SECONDS
         assert started[1 - victim].returncode != 0
         assert "the JAX distributed service detected fatal errors" in text
+
+
+def two_train(folder, run, *more):
+    """The command as it is typed on two hosts."""
+    port = free_port()
+    flags = (
+        "launch.py", "train", "quickstart", "--data.source", f"folder:{folder / 'photos'}", "--data.data-dir",
+        folder / "data", "--preprocess.size", 16, "--encoder.widths", 8, "--encoder.blocks", 1, "--encoder.dim", 8,
+        "--batch.people", 8, "--steps", 60, "--checkpoint.every", 10, "--checkpoint.log", 1, "--no-progress",
+        "--run-dir", run, "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, *more,
+    )  # fmt: skip
+    return ended(*(start(*flags, "--process-id", number, cache=folder / "xla") for number in range(2)))
+
+
+def wait_for_step(run, step, started):
+    deadline = time.monotonic() + 240
+    while not (run / "checkpoints" / str(step)).exists():
+        assert time.monotonic() < deadline
+        assert [process.poll() for process in started] == [None, None]
+        time.sleep(0.01)
+
+
+def finished(run, started):
+    """What process 0 printed of a run that ends."""
+    told = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
+    assert [row["step"] for row in metrics_of(run) if "loss" in row] == [*range(1, 61)]
+    assert (run / "report.html").exists()
+    assert not list(run.glob(".shared-*"))
+    return told[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "flags"),
+    [
+        # What divides arrays over both hosts, and what chunks a batch.
+        (1, ("--loss", "arcface", "--batch.microbatches", 2, "--shard-optimizer")),
+        (0, ("--loss.memory", 64, "--loss.tile", 8, "--batch.microbatches", 4)),
+    ],
+)
+def test_sigterm_to_one_process_stops_all_after_the_same_update(folder, tmp_path, victim, flags):
+    run = tmp_path / "run"
+    with two_train(folder, run, *flags) as started:
+        wait_for_step(run, 10, started)
+        started[victim].send_signal(signal.SIGTERM)
+        told = [process.communicate(timeout=100) for process in started]
+        assert [process.returncode for process in started] == [0, 0], told
+    assert not (run / "results.json").exists(), "the signal came too late to mean anything"
+    step = int(re.search(r"stopped by SIGTERM at step (\d+); saved; the same command goes on", told[0][0])[1])
+    assert "Traceback" not in told[0][1] + told[1][1]
+    with two_train(folder, run, *flags) as started:
+        assert f"going on from step {step} of 60" in finished(run, started)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_a_training_which_goes_on_with_the_same_command(folder, tmp_path, victim):
     run = tmp_path / "run"
-
-    def both():
-        port = free_port()
-        flags = (
-            "launch.py", "train", "quickstart", "--data.source", f"folder:{folder / 'photos'}", "--data.data-dir",
-            folder / "data", "--preprocess.size", 16, "--encoder.widths", 8, "--encoder.blocks", 1,
-            "--encoder.dim", 8, "--batch.people", 8, "--steps", 60, "--checkpoint.every", 10, "--checkpoint.log", 1,
-            "--no-progress", "--run-dir", run, "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2,
-        )  # fmt: skip
-        return ended(*(start(*flags, "--process-id", number) for number in range(2)))
-
-    with both() as started:
-        deadline = time.monotonic() + 240
-        while not (run / "checkpoints" / "10").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    with two_train(folder, run) as started:
+        wait_for_step(run, 10, started)
         started[victim].kill()
         _, text = started[1 - victim].communicate(timeout=100)
         assert started[1 - victim].returncode == 1
         assert f"process {victim} of 2 ({socket.gethostname()}) is gone without a word" in text
         assert not (run / "results.json").exists(), "the kill came too late to mean anything"
-    with both() as started:
-        told = [process.communicate(timeout=300) for process in started]
-        assert [process.returncode for process in started] == [0, 0], told
-    assert "going on from step" in told[0][0]
-    assert [row["step"] for row in metrics_of(run) if "loss" in row] == [*range(1, 61)]
-    assert (run / "report.html").exists()
-    assert not list(run.glob(".shared-*"))
+    with two_train(folder, run) as started:
+        assert "going on from step" in finished(run, started)
 
 
 def wait_for_line(process, text):

@@ -1,5 +1,6 @@
 """Batches from memory and through grain: the same, whatever the step they start from."""
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -220,6 +221,13 @@ def test_bad_photos_are_told_once_with_the_first_batch_that_needed_them(photos, 
     # A command that goes on does not ask for them again, nor tell of them again; they count.
     asked = []
     watched = dataclasses.replace(photos, read=lambda index: asked.append(index) or photos.read(index))
+    for limit in (1, 2):  # what another process has found counts as one's own
+        other = pipeline.StandIns(photos, limit=limit)
+        with pytest.raises(ValueError, match="do not decode") if limit == 1 else contextlib.nullcontext():
+            for at, index, why in stand_ins.found(30):
+                other.failed({index: why}, at)
+            assert other.keys(30) == stand_ins.keys(30)
+            assert other.news(30) == told
     known = pipeline.StandIns(photos, limit=2, known=stand_ins.keys(30))
     again = gather(watched, sampler, steps=30, memory_limit_bytes=0, stand_ins=known)
     assert not {13, 40} & set(asked)

@@ -88,6 +88,11 @@ class StandIns:
             self._untold -= {index for _, _, index in told}
         return [(at, why) for at, why, _ in told]
 
+    def found(self, step: int) -> list[tuple[int, int, str]]:
+        """(batch, photo, why) of all that failed and were needed for a batch before `step`, for `failed` elsewhere."""
+        with self._lock:
+            return [(at, index, self._why[index]) for index, at in sorted(self._step.items()) if at < step]
+
     def keys(self, step: int) -> list[str]:
         """Keys of all that failed and were needed for a batch before `step`; what `known` takes."""
         with self._lock:

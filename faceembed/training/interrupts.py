@@ -7,7 +7,8 @@ from types import FrameType
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+
+from faceembed import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Pre-emption and `kill`; Ctrl-C; what Slurm sends ahead of time with `--signal=USR1@120`."""
@@ -35,17 +36,21 @@ class Interrupts:
     def __init__(self) -> None:
         self._noted: int | None = None
         self._before: dict[int, Any] = {}
-        # JAX's own service handles SIGTERM of several processes: one is told, and all agree on the step to stop after.
-        self._several = jax.process_count() > 1
+        self._agreement: processes.Agreement | None = None  # of several processes: one is told, and all stop
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                if not (self._several and number == signal.SIGTERM):
-                    self._before[number] = signal.signal(number, self._note)
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        if jax.process_count() > 1:
+            self._agreement = processes.Agreement()  # it handles SIGTERM from here on
+        for number in self._before:
+            if not (self._agreement and number == signal.SIGTERM):
+                signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._agreement:
+            self._agreement.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -58,7 +63,7 @@ class Interrupts:
             again = "; Ctrl-C again stops at once"
         # Not print: a handler may come in the middle of one, which does not bear it.
         os.write(2, f"\n{signal.Signals(number).name}: saving after this update{again}\n".encode())
-        if self._several:
+        if self._agreement:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def should_stop(self, step: int) -> bool:
@@ -67,8 +72,8 @@ class Interrupts:
         Args:
           step: updates done; to be asked after every one.
         """
-        if self._several:
-            return multihost_utils.reached_preemption_sync_point(step)
+        if self._agreement:
+            return self._agreement.reached(step)
         return self._noted is not None
 
     def stopped(self, step: int) -> Stopped:

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -180,6 +179,7 @@ def train(
         with checkpoint.Checkpoints(run, experiment.checkpoint.keep_best) as checkpoints:
             # ---- where an earlier command stopped ------------------------------------------------------------------
             first = checkpoints.latest or 0
+            processes.require_same("checkpoints", {"step": first})  # of a directory whose listing a host may remember
             if experiment.init:
                 if origin is None:
                     about["init"] = checkpoints.data["init"]
@@ -210,8 +210,12 @@ def train(
             stand_ins = pipeline.StandIns(learn, skip_bad_photos, known)
 
             def bad_photos(number: int) -> list[str]:
-                """Those of all processes: each reads its share, and one alone writes them down."""
-                return list(dict.fromkeys(itertools.chain(*processes.from_all("bad photos", stand_ins.keys(number)))))
+                """Those of all processes: each reads its share, and one alone tells and writes them down."""
+                for found in processes.from_all("bad photos", stand_ins.found(number)):
+                    for at, index, why in found:
+                        stand_ins.failed({index: why}, at)
+                journal.tell(number)
+                return stand_ins.keys(number)
 
             # ---- the loop ------------------------------------------------------------------------------------------
             host = pipeline.batches(
@@ -277,9 +281,9 @@ def train(
             raise stop.stopped(number)
 
         # ---- verification of people nobody has looked at so far ----------------------------------------------------
-        bad = bad_photos(experiment.steps)
         if not leads:
             return None
+        bad = stand_ins.keys(experiment.steps)  # the last save brought those of all processes together
         return evaluate.final_report(run, people_of, bad_photos=bad, progress=progress, command=command)
 
 
@@ -564,10 +568,14 @@ class _Journal:
         span.images_per_s = timed * batch / (time.perf_counter() - span.clock) if timed > 0 else float("nan")
         self.flush()
         self.waiting = span
-        for at, why in self.stand_ins.news(last):
-            self._event(at + 1, "bad photo", f"{why}; a photo of the same person is shown in its place from here on.")
+        self.tell(last)
         for failure in self.checkpoints.failures():
             self._event(last, "not saved", f"{failure} The training goes on, and tries again at the next save.")
+
+    def tell(self, last: int) -> None:
+        """Tells of photos that failed and were needed for an update up to `last`."""
+        for at, why in self.stand_ins.news(last):
+            self._event(at + 1, "bad photo", f"{why}; a photo of the same person is shown in its place from here on.")
 
     def _event(self, step: int, kind: str, message: str) -> None:
         self.log.event(step, kind, message)
