@@ -39,6 +39,31 @@ def xla_flags(devices: int) -> str:
 os.environ["XLA_FLAGS"] = xla_flags(8)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory) -> None:
+    """A folder for compiled programs of processes that a test starts; a parallel run's workers have one each."""
+    os.environ["FACEEMBED_TEST_CACHE"] = str(tmp_path_factory.mktemp("xla"))
+
+
+# Files whose tests start processes or compile most, the longest first: begun last, one of them would end the suite alone.
+LONG = (
+    "multihost",
+    "train",
+    "reliability",
+    "step",
+    "losses_devices",
+    "transfer",
+    "microbatches",
+    "tiled",
+    "benchmarks",
+)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real photographs: $FACEEMBED_TEST_DATA, or shared/data beside the checkout; skips when absent."""

@@ -90,7 +90,7 @@ def test_eight_devices_take_the_steps_of_one_float32(loss):
     assert relative(one_state.params, jax.device_get(build(experiment, 1)[1].params)) > 0.05
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_more_devices_take_the_steps_of_one_float64(devices):
     with jax.enable_x64(True):
         # In slabs, and with what was seen in earlier batches among the negatives.

@@ -27,7 +27,12 @@ TINY = (
 
 
 def environment(devices=1):
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices), "PYTHONUNBUFFERED": "1"}
+    return {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices), "PYTHONUNBUFFERED": "1",
+        # A second process like the first does not compile again.
+        "JAX_COMPILATION_CACHE_DIR": os.environ["FACEEMBED_TEST_CACHE"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }  # fmt: skip
 
 
 def start(run, *more, devices=1, **variables):
