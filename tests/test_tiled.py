@@ -214,6 +214,20 @@ def test_jit_divides_the_slabs_of_a_divided_batch_by_itself(miner):
         np.testing.assert_allclose(metrics[name], value, rtol=2e-6, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.parametrize("remembered", [0, 7])
+def test_jit_divides_what_one_device_alone_would_take_in_slabs(monkeypatch, remembered):
+    """Each of eight devices could make a table of its part: one of all of them cannot, of the batch or with its memory."""
+    emb, ids, memory = batch(1, 64, 9, 0, remembered=remembered)
+    emb, ids = (jax.device_put(x, NamedSharding(mesh_of(8), P("data"))) for x in (np.float32(emb), ids))
+    run = partial(triplet_loss, margin=0.3, miner="semi_hard", memory=memory)
+    monkeypatch.setattr(losses, "TABLE", 64 * (64 + remembered) - 1)
+    divided = jax.jit(jax.value_and_grad(run, has_aux=True))
+    assert "manual_computation" in divided.lower(emb, ids).as_text()
+    alone = jax.jit(jax.value_and_grad(partial(run, tile=0), has_aux=True))(*jax.device_get((emb, ids)))
+    check = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(check, jax.device_get(divided(emb, ids)), jax.device_get(alone))
+
+
 @pytest.mark.parametrize("miner", ["hardest", "all", "semi_hard"])
 def test_memory_grows_with_the_batch_and_not_with_its_square(miner):
     def temporary(size):
