@@ -408,6 +408,24 @@ EXPERIMENT = config.Experiment(
 )
 
 
+@pytest.mark.parametrize("kind", MARGINS)
+def test_a_training_has_the_loss_that_is_named_and_draws_anew_in_each_update(monkeypatch, kind):
+    seen = []
+    monkeypatch.setattr(margin_softmax, "margin_softmax_loss", lambda *_, **options: seen.append(options))
+    named = config.CHOICES["loss"][kind]
+    loss, params = loop.make_loss(dataclasses.replace(EXPERIMENT, loss=named), classes=9, mesh=meshes.make_mesh(1))
+    for key in (0, 1):
+        loss(None, None, params, None, jax.random.key(key), None, "data")
+        expected = {"kind": kind, "classes": 9, "axis_name": "data", "key": jax.random.key(key)}
+        assert seen.pop() == expected | dataclasses.asdict(named)
+
+
+def test_rows_of_people_decay_as_kernels_do():
+    params = {"encoder": {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}, "loss": {meshes.CLASS_KERNEL: jnp.ones((2, 2))}}
+    decayed = jax.tree_util.tree_map_with_path(steps.decays, params)
+    assert decayed == {"encoder": {"kernel": True, "scale": False}, "loss": {meshes.CLASS_KERNEL: True}}
+
+
 def state_on(devices, classes):
     """A fresh state of `EXPERIMENT` as the trainer lays it out."""
     mesh = meshes.make_mesh(devices)
