@@ -140,9 +140,18 @@ def test_without_batch_norm_microbatches_take_the_steps_of_the_undivided_batch(d
         assert_equal(two_steps(Plain(), pairs_and_classes, devices, microbatches=count), expected)
 
 
-def test_accumulation_takes_the_steps_of_the_undivided_batch_for_a_mean_over_photos():
+@cache
+def cosface():
+    """A training's, for the kernel of `build`."""
+    experiment = config.Experiment(loss=config.CosFace(scale=8.0), encoder=config.ConvNet(dim=DIM))
+    loss, _ = loop.make_loss(experiment, classes=CLASSES, mesh=meshes.make_mesh(1))
+    return lambda emb, identity, *others: loss(emb, identity % CLASSES, *others)
+
+
+@pytest.mark.parametrize("make", [lambda: photos_alone, cosface])
+def test_accumulation_takes_the_steps_of_the_undivided_batch_for_a_mean_over_photos(make):
     with jax.enable_x64(True):
-        assert_equal(two_steps(Plain(), photos_alone, 8, accumulate=4), undivided(photos_alone))
+        assert_equal(two_steps(Plain(), make(), 8, accumulate=4), undivided(make()))
 
 
 def one_graph(state, data, count):
@@ -337,6 +346,13 @@ def test_what_is_dropped_depends_on_slot_and_step_alone():
             lambda: config.Experiment(batch=config.Batch(accumulate=2), loss=config.PairLogistic()),
             r"PairLogistic compares.*Try --batch.microbatches 2",
         ),
+        *[
+            (
+                lambda loss=loss: config.Experiment(batch=config.Batch(accumulate=2), loss=loss(sample=0.5)),
+                r"accumulate is 2 and loss.sample 0.5: .*those of its chunk.*Try --batch.microbatches 2, .*--loss.sample 1\.",
+            )
+            for loss in (config.CosFace, config.ArcFace)
+        ],
         (
             lambda: meshes.check_batch(meshes.make_mesh(2), 6, 4, microbatches=8),
             r"microbatches is 8.*12 photos \(people=6 × photos=4\).*2 devices.*microbatches 6.*multiple of 4\.",

@@ -112,7 +112,7 @@ def test_more_devices_take_the_steps_of_one_float64(devices):
     # More negatives from the update on that may use them.
     triplets = [row["triplets"] for row in one]
     with jax.enable_x64(True):
-        without, _ = trajectory(replace(experiment, loss=replace(loss, memory=0)), 1)
+        without, _ = trajectory(replace(experiment, loss=replace(loss, memory=0, memory_after=0)), 1)
     assert [row["loss"] for row in without[:2]] == [row["loss"] for row in one[:2]]
     assert without[2]["loss"] != one[2]["loss"]
     assert min(triplets) > 0

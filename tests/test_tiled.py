@@ -247,8 +247,16 @@ def test_memory_grows_with_the_batch_and_not_with_its_square(miner):
         ({"tile": -1}, "loss.tile is -1.*--loss.tile 256"),
         ({"memory": -5}, "loss.memory is -5.*--loss.memory 4096"),
         ({"memory_after": -1}, "loss.memory_after is -1.*--loss.memory-after 1000"),
+        ({"memory_after": 5}, "loss.memory_after is 5, and there is no memory.*--loss.memory 4096"),
     ],
 )
 def test_options_that_do_not_count_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         config.Triplet(**options)
+
+
+def test_a_memory_that_no_update_would_use_is_refused():
+    loss = config.Triplet(memory=8, memory_after=20)
+    with pytest.raises(ValueError, match="loss.memory_after is 20 and steps 20.*Try --loss.memory-after 2\\."):
+        config.Experiment(steps=20, loss=loss)
+    config.Experiment(steps=21, loss=loss)
