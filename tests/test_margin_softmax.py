@@ -254,6 +254,14 @@ def test_a_sample_needs_that_much_less_memory_and_work():
     assert work[1] < 0.35 * work[0]
 
 
+@pytest.mark.parametrize(("batch", "columns"), [(64, 96 + 64), (512, 288)])
+def test_a_sample_never_makes_more_columns_than_a_device_has_rows(batch, columns):
+    """2,000 people are 288 rows a device, of which a third is drawn; all photos may be of people of one device."""
+    text = compiled(0.1, classes=2000, batch=batch, dim=4).as_text()
+    widths = {int(width) for width in re.findall(rf"f32\[{batch},(\d+)\]", text)}
+    assert max(widths) == columns
+
+
 # --- Which rows are drawn
 
 
