@@ -1,5 +1,6 @@
 """Mining slab by slab, and with a memory, against nested loops; and what a compiled update holds and sends."""
 
+import itertools
 import math
 import re
 from functools import cache, partial
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from faceembed import config, losses, mining, tiled
 from faceembed.losses import Memory, triplet_loss
+from faceembed.margin_softmax import margin_softmax_loss
 
 D = 3
 FAST = {"xla_backend_optimization_level": 0}
@@ -114,6 +116,17 @@ def test_the_value_alone_is_that_which_comes_with_a_gradient(miner):
     both = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=FAST)(np.float32(emb), ids)[0]
     assert alone[0] > 0
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), alone, both)
+
+
+@pytest.mark.parametrize("miner", ["all", "semi_hard_all", "semi_hard"])
+def test_twins_whose_distance_rounding_puts_below_zero_are_at_zero(miner):
+    """64 faces that two people share: with no margin no triplet of theirs is active, and nobody else's either."""
+    emb = np.repeat(np.random.default_rng(0).normal(size=(64, 100)).astype(np.float32), 4, 0)
+    ids = np.arange(256, dtype=np.int32) // 2
+    run = partial(triplet_loss, margin=0.0, miner=miner, tile=64)
+    (loss, metrics), grad = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=FAST)(emb, ids)
+    assert loss == metrics["active"] == 0
+    np.testing.assert_array_equal(grad, 0)
 
 
 def test_random_draws_from_a_memory_as_often_as_from_the_batch():
@@ -239,6 +252,41 @@ def test_memory_grows_with_the_batch_and_not_with_its_square(miner):
     small, large = temporary(8192), temporary(32768)
     assert large < 5 * small
     assert large < 32768**2
+
+
+@pytest.mark.parametrize("miner", ["all", "semi_hard"])
+@pytest.mark.parametrize(("candidates", "tile"), [(4095, None), (5000, 1001), (5000, None), (3000, 15)])
+def test_a_gpus_slabs_take_what_is_promised(monkeypatch, miner, candidates, tile):
+    shapes = jax.ShapeDtypeStruct((candidates, 4), jnp.float32), jax.ShapeDtypeStruct((candidates,), jnp.int32)
+    run = jax.jit(jax.grad(partial(triplet_loss, margin=0.2, miner=miner, tile=tile), has_aux=True))
+    with monkeypatch.context() as patched:
+        patched.setattr(tiled.jax, "default_backend", lambda: "gpu")
+        lowered = run.lower(*shapes)
+    # 24 × 16 MiB, and a MiB of what is linear in the batch.
+    assert lowered.compile(FAST).memory_analysis().temp_size_in_bytes < 385 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("loss", "tile"), [*itertools.product(mining.MINERS, (0, 16)), ("contrastive", None), ("arcface", None)]
+)
+def test_no_product_is_rounded_to_fewer_bits(loss, tile):
+    """A GPU would round the factors to TF32's 10 bits."""
+    emb, ids, memory = batch(0, 32, 5, 0, remembered=5)
+    emb, kernel = np.float32(emb), np.ones((5, D), np.float32)
+    if loss == "contrastive":
+        run = lambda emb, kernel: losses.contrastive_loss(emb, ids, margin=1.0)  # noqa: E731
+    elif loss == "arcface":
+        run = lambda emb, kernel: margin_softmax_loss(  # noqa: E731
+            emb, ids, kernel, classes=5, kind=loss, scale=8.0, margin=0.5
+        )
+    else:
+        options = {"margin": 0.2, "miner": loss, "tile": tile, "memory": memory, "key": jax.random.key(0)}
+        run = lambda emb, kernel: triplet_loss(emb, ids, **options)  # noqa: E731
+    text = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True)).lower(emb, kernel).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) > 0 or loss == "random"
+    for line in products:
+        assert "precision = [HIGHEST, HIGHEST]" in line
 
 
 @pytest.mark.parametrize(
