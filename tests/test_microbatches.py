@@ -376,7 +376,10 @@ def test_losses_by_photo_may_be_accumulated(loss):
     config.Experiment(batch=config.Batch(accumulate=2), loss=loss)
 
 
-def test_a_training_passes_its_chunks_on_and_says_what_batch_norm_sees(monkeypatch, tmp_path, noise_photos, capsys):
+@pytest.fixture
+def starts(monkeypatch, tmp_path, noise_photos):
+    """(experiment, devices) → the chunks that a training has when it makes its update, and ends."""
+
     class Reached(Exception):
         pass
 
@@ -385,14 +388,38 @@ def test_a_training_passes_its_chunks_on_and_says_what_batch_norm_sees(monkeypat
 
     monkeypatch.setattr(loop, "open_data", lambda *_, **__: noise_photos)
     monkeypatch.setattr(steps, "make_train_step", make_train_step)
-    tiny = config.Experiment(
-        preprocess=config.Preprocess(size=16), encoder=config.ConvNet(widths=(4,), blocks=(1,), dim=8),
-        batch=config.Batch(people=6, photos=4, microbatches=3),
-    )  # fmt: skip
-    with pytest.raises(Reached) as reached:
-        loop.train(tiny, tmp_path / "run", devices=2, progress=False)
-    assert reached.value.args == (3, 1)
+
+    def start(experiment, devices):
+        with pytest.raises(Reached) as reached:
+            loop.train(experiment, tmp_path / "run", devices=devices, progress=False)
+        return reached.value.args
+
+    return start
+
+
+TINY = config.Experiment(
+    preprocess=config.Preprocess(size=16), encoder=config.ConvNet(widths=(4,), blocks=(1,), dim=8),
+    batch=config.Batch(people=6, photos=4, microbatches=3),
+)  # fmt: skip
+
+
+def in_chunks(count, **changes):
+    return dataclasses.replace(TINY, batch=config.Batch(people=6, photos=4, microbatches=count), **changes)
+
+
+def test_a_training_passes_its_chunks_on_and_says_what_batch_norm_sees(starts, capsys):
+    assert starts(TINY, 2) == (3, 1)
     assert "batch normalisation sees 8 photos at a time, and not the 24 of a batch" in capsys.readouterr().out
-    uneven = dataclasses.replace(tiny, batch=config.Batch(people=6, photos=4, microbatches=5))
     with pytest.raises(ValueError, match="--batch.microbatches 4"):
-        loop.train(uneven, tmp_path / "uneven", devices=2, progress=False)
+        starts(in_chunks(5), 2)
+
+
+def test_batch_norm_sees_two_photos_or_its_running_statistics(starts, capsys):
+    with pytest.raises(ValueError, match=r"microbatches is 24: .*one photo at a time.*Try --batch.microbatches 12,"):
+        starts(in_chunks(24), 1)
+    assert starts(in_chunks(12), 1) == (12, 1)  # two photos, as 24 chunks would be of two devices
+    assert "sees 2 photos" in capsys.readouterr().out
+    assert starts(in_chunks(24, freeze=("*bn*",)), 1) == (24, 1)
+    assert "batch normalisation" not in capsys.readouterr().out
+    assert starts(in_chunks(3, freeze=("stem_bn",)), 1) == (3, 1)  # some are left
+    assert "sees 8 photos" in capsys.readouterr().out
