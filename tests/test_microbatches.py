@@ -253,6 +253,18 @@ def test_photos_stay_on_their_devices():
         assert len(shape.split(",")) <= 2
 
 
+def test_the_gradient_of_the_parameters_is_summed_over_devices_once_a_chunk():
+    """As docs/scaling.md says: the sum over chunks is whole on every device, so each addend has to be."""
+    with jax.enable_x64(True):
+        program = in_four_chunks(8)[2].as_text()
+    # [64, DIM] is the kernel of the embedding; XLA may turn it.
+    kernel = rf"f64\[(?:64,{DIM}|{DIM},64)\]"
+    summing = [part for part in program.split("\n\n") if re.search(rf"= .*{kernel}.* all-reduce(?:-start)?\(", part)]
+    (body,) = (re.match(r"%(\S+)", part)[1] for part in summing)
+    (loop,) = (line for line in program.splitlines() if f"body=%{body}," in line)
+    assert '"known_trip_count":{"n":"4"}' in loop
+
+
 @pytest.fixture(scope="module")
 def counted():
     """(traces of the views, mesh, state, update) on two devices in chunks; pixels of 255 are not finite."""
