@@ -429,7 +429,10 @@ def test_a_training_has_the_loss_that_is_named_and_draws_anew_in_each_update(mon
 
 
 def test_rows_of_people_decay_as_kernels_do():
-    params = {"encoder": {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}, "loss": {meshes.CLASS_KERNEL: jnp.ones((2, 2))}}
+    params = {
+        "encoder": {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)},
+        "loss": {meshes.CLASS_KERNEL: jnp.ones((2, 2))},
+    }
     decayed = jax.tree_util.tree_map_with_path(steps.decays, params)
     assert decayed == {"encoder": {"kernel": True, "scale": False}, "loss": {meshes.CLASS_KERNEL: True}}
 

@@ -88,18 +88,22 @@ def photos_alone(emb, identity, params, memory, key, step, axis):
     return value, {"cost": jax.lax.stop_gradient(value)}
 
 
-def build(encoder, loss, devices, *, make_views=views, frozen=None, size=SIZE, **chunked):
+def build(
+    encoder, loss, devices, *, make_views=views, frozen=None, size=SIZE, ema=0.0, momentum=0.0, shard_optimizer=False,
+    **chunked,
+):  # fmt: skip
     """(mesh, state, update) in float64, whose optimizer takes the gradient off the parameters."""
-    mesh, optimizer = meshes.make_mesh(devices), optax.scale(-1.0)
+    mesh = meshes.make_mesh(devices)
+    optimizer = optax.chain(optax.trace(momentum) if momentum else optax.identity(), optax.scale(-1.0))
     draw = np.random.default_rng(1)
     params = {"scale": jnp.float64(1.3), meshes.CLASS_KERNEL: jnp.asarray(draw.normal(size=(CLASSES, DIM)))}
     state = steps.init_state(
         encoder, optimizer, seed=3, size=size, loss_params=params, dtype=jnp.float64,
         memory=losses.init_memory(BATCH + 4, DIM, jnp.float64),
     )  # fmt: skip
-    shardings = meshes.state_sharding(mesh, state)
+    shardings = meshes.state_sharding(mesh, state, shard_optimizer=shard_optimizer)
     update = steps.make_train_step(
-        encoder, loss, optimizer, make_views, seed=3, ema=0.0, mesh=mesh, shardings=shardings, frozen=frozen, **chunked
+        encoder, loss, optimizer, make_views, seed=3, ema=ema, mesh=mesh, shardings=shardings, frozen=frozen, **chunked
     )
     return mesh, jax.device_put(state, shardings), update
 
@@ -112,12 +116,12 @@ def compiled(encoder, loss, devices, **options):
 
 
 def two_steps(encoder, loss, devices, **options):
-    """Per step: metrics, parameters, batch statistics and memory; the second has other random numbers and a memory."""
+    """Per step: metrics and state; the second has other random numbers and a memory."""
     mesh, state, update = compiled(encoder, loss, devices, **options)
     found = []
     for seed in range(2):
         state, metrics = update(state, jax.device_put(batch(seed), meshes.batch_sharding(mesh)))
-        found.append(jax.device_get((metrics, state.params, state.batch_stats, state.memory)))
+        found.append(jax.device_get((metrics, state)))
     return found
 
 
@@ -138,6 +142,20 @@ def test_without_batch_norm_microbatches_take_the_steps_of_the_undivided_batch(d
         assert expected[1][0]["active"] > 0
         assert expected[1][0]["skipped"] == 0
         assert_equal(two_steps(Plain(), pairs_and_classes, devices, microbatches=count), expected)
+
+
+@pytest.mark.parametrize(
+    "chosen", [config.Triplet(memory=BATCH + 4, tile=8), config.Triplet(groups=4, miner="semi_hard_all", tile=0)]
+)
+def test_a_trainings_triplets_averages_and_divided_optimizer_are_those_of_the_undivided_batch(monkeypatch, chosen):
+    monkeypatch.setattr(loop.diagnostics, "active_by_miner", lambda *_: {})  # three more miners to compile
+    experiment = config.Experiment(loss=chosen, encoder=config.ConvNet(dim=DIM), batch=config.Batch(people=8, photos=4))
+    loss, _ = loop.make_loss(experiment)
+    options = {"ema": 0.9, "momentum": 0.5}
+    with jax.enable_x64(True):
+        expected = two_steps(Plain(), loss, 1, **options)
+        assert_equal(two_steps(Plain(), loss, 8, microbatches=4, shard_optimizer=True, **options), expected)
+    assert all(metrics["active"] > 0 for metrics, _ in expected)
 
 
 @cache
