@@ -100,11 +100,12 @@ def triplet_loss(
       miner: a name in `mining.MINERS`.
       key: JAX random key, the same on all devices; needed by `random` alone.
       axis_name: axis of shard_map or pmap to gather over; None for one device or a global array under jit.
-      tile: at how many candidates a device looks at a time. 0 makes the table of all b·B distances; None makes it where
-        it has at most `TABLE` of them, and takes slabs of a size that suits the processor elsewhere: value, metrics and
-        gradient are equal but for rounding, and memory is linear in B. Under jit the slabs are divided over devices, by
-        shard_map, if the embeddings were made from arrays that lie divided over a mesh, or under `jax.set_mesh`; of NumPy
-        arrays that jit itself divides (`in_shardings`) it is not known when the loss is traced.
+      tile: at how many candidates a device looks at a time. 0 makes the table of all b·B distances (`hardest` and `random`
+        never do); None makes it where it has at most `TABLE` of them, and takes slabs of a size that suits the processor
+        elsewhere: value, metrics and gradient are equal but for rounding, and memory is linear in B. Under jit the slabs
+        are divided over devices, by shard_map, if the embeddings were made from arrays that lie divided over a mesh, or
+        under `jax.set_mesh`; of NumPy arrays that jit itself divides (`in_shardings`) it is not known when the loss is
+        traced.
       memory: embeddings of earlier batches, the same on all devices, as more negatives; they get no gradient.
 
     Returns:

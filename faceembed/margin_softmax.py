@@ -137,8 +137,9 @@ def margin_softmax_loss(
     are scaled to unit length here. Nothing is of size [B, classes] on one device, except where there is only one.
 
     With `sample` < 1 the sum runs over the classes of the batch and those of `drawn_rows`, each counted once. On a device
-    with c rows that makes min(c, drawn + B) of them, since all B photos may be of people whose rows it has. The gradient of the others' rows is 0, but a dense optimizer still moves them: by weight
-    decay and by what is left in its moments. (Partial FC's own does not touch them.)
+    with c rows that makes min(c, drawn + B) of them, since all B photos may be of people whose rows it has. The gradient of
+    the others' rows is 0, but a dense optimizer still moves them: by weight decay and by what is left in its moments.
+    (Partial FC's own does not touch them.)
 
     Args:
       emb: [b, d] float embeddings of this device, of any length.
