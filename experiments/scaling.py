@@ -5,7 +5,8 @@
 
 Counts, and one set of assumptions to turn them into time. Counted: the encoder's FLOPs (XLA's own count of a forward
 pass, times three), its parameters and batch norms; the products and comparisons of the miner; the bytes of each
-collective, which are those that tests/test_tiled.py and tests/test_step.py find in compiled updates. Assumed: what a GPU
+collective, which are those that tests/test_tiled.py and tests/test_step.py find in compiled updates. The miner is `all`.
+Assumed: what a GPU
 and its links achieve, see `Machine`. Nothing here was measured on GPUs.
 """
 

@@ -296,7 +296,8 @@ def write(run: Path, experiment: configs.Experiment, variables: Any, data: dict[
 def check_same(run: Path, experiment: configs.Experiment) -> None:
     """Refuses to go on with a run under another experiment.
 
-    How often to save and to log, and where data lies, may change; nothing that changes what is trained may.
+    How often to save and to log, where data lies, and what changes an update by rounding alone, may change: the tile, and
+    microbatches without batch normalisation. Nothing that changes what is trained may.
 
     Raises:
       ValueError: naming every field that differs; or the directory holds weights from elsewhere, and no training.
@@ -314,7 +315,12 @@ def check_same(run: Path, experiment: configs.Experiment) -> None:
     def comparable(value: configs.Experiment) -> configs.Experiment:
         # What an exclude file names is part of the photos' fingerprint, wherever it lies.
         data = dataclasses.replace(value.data, data_dir=None, memory_gb=1.0, exclude=None)
-        return dataclasses.replace(value, data=data, checkpoint=configs.Checkpoint())
+        loss, batch = value.loss, value.batch
+        if isinstance(loss, configs.Triplet):
+            loss = dataclasses.replace(loss, tile=None)
+        if isinstance(value.encoder, configs.DlibResNet):
+            batch = dataclasses.replace(batch, microbatches=1)
+        return dataclasses.replace(value, data=data, loss=loss, batch=batch, checkpoint=configs.Checkpoint())
 
     differences = _differences(comparable(stored), comparable(experiment), "")
     if differences:

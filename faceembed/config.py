@@ -260,6 +260,11 @@ class Triplet:
         for name, usual in (("memory", "--loss.memory 4096"), ("memory_after", "--loss.memory-after 1000")):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}: it counts from 0. Try {usual}.")
+        if self.memory_after and not self.memory:
+            raise ValueError(
+                f"loss.memory_after is {self.memory_after}, and there is no memory to wait for. "
+                "Try --loss.memory 4096 beside it, or leave it out."
+            )
         if self.groups < 1:
             raise ValueError(
                 f"loss.groups is {self.groups}: it counts from 1, the whole batch mined together. Try --loss.groups 1."
@@ -538,6 +543,17 @@ class Experiment:
                 f"batch.accumulate is {self.batch.accumulate}, and the loss {type(self.loss).__name__} compares photos: it "
                 "would do so within each chunk only. "
                 f"Try --batch.microbatches {self.batch.accumulate}, which compares those of the whole batch."
+            )
+        if self.batch.accumulate > 1 and isinstance(self.loss, CosFace | ArcFace) and self.loss.sample < 1:
+            raise ValueError(
+                f"batch.accumulate is {self.batch.accumulate} and loss.sample {self.loss.sample}: a photo would be "
+                "compared with the people drawn and those of its chunk, not of the batch, which is another loss. "
+                f"Try --batch.microbatches {self.batch.accumulate}, which is exact, or --loss.sample 1."
+            )
+        if isinstance(self.loss, Triplet) and self.loss.memory_after >= self.steps:
+            raise ValueError(
+                f"loss.memory_after is {self.loss.memory_after} and steps {self.steps}: the memory would never be used. "
+                f"Try --loss.memory-after {self.steps // 10}."
             )
 
 

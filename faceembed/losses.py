@@ -3,7 +3,7 @@
 Each loss is a pure function `(emb, identity, …) → (loss, metrics)`. Metrics are float scalars without gradient; loss
 and metrics are those of the whole batch, on every device. Where the batch lies decides `axis_name`:
 
-* under `jax.jit` on a global array, sharded or not: `axis_name=None`;
+* under `jax.jit` on a global array, divided or not: `axis_name=None`;
 * under `jax.shard_map`: the mesh axis. Differentiate OUTSIDE:
   `jax.grad(lambda emb: jax.shard_map(loss, …, out_specs=P())(emb, identity))` is right as it is;
 * under `jax.pmap`: its axis. Differentiate outside likewise: `jax.grad(lambda emb: jax.pmap(loss, …)(emb, ids)[0])`.
@@ -100,10 +100,12 @@ def triplet_loss(
       miner: a name in `mining.MINERS`.
       key: JAX random key, the same on all devices; needed by `random` alone.
       axis_name: axis of shard_map or pmap to gather over; None for one device or a global array under jit.
-      tile: at how many candidates a device looks at a time. 0 makes the table of all b·B distances; None makes it where
-        it has at most `TABLE` of them, and takes slabs of a size that suits the processor elsewhere: value, metrics and
-        gradient are equal but for rounding, and memory is linear in B. Under jit on an array that is divided over a mesh
-        the slabs are divided over it likewise, by shard_map.
+      tile: at how many candidates a device looks at a time. 0 makes the table of all b·B distances (`hardest` and `random`
+        never do); None makes it where it has at most `TABLE` of them, and takes slabs of a size that suits the processor
+        elsewhere: value, metrics and gradient are equal but for rounding, and memory is linear in B. Under jit the slabs
+        are divided over devices, by shard_map, if the embeddings were made from arrays that lie divided over a mesh, or
+        under `jax.set_mesh`; of NumPy arrays that jit itself divides (`in_shardings`) it is not known when the loss is
+        traced.
       memory: embeddings of earlier batches, the same on all devices, as more negatives; they get no gradient.
 
     Returns:
@@ -128,7 +130,9 @@ def triplet_loss(
         raise ValueError("miner 'random' draws its triplets and needs a key; pass key=jax.random.key(seed).")
     if tile is not None and tile < 0:
         raise ValueError(f"tile is {tile}: it counts candidates; 0 for a table of all distances, None to choose.")
-    if axis_name is None and (mesh := _mesh_of(emb)) and _slabs_needed(len(emb) // mesh.size, len(emb), tile):
+    remembered = 0 if memory is None else len(memory.filled)
+    # What one device would do alone decides; divided, each may find that a table of its own part is small enough.
+    if axis_name is None and (mesh := _mesh_of(emb)) and _slabs_needed(len(emb), len(emb) + remembered, tile):
         axes = tuple(mesh.axis_names)
         loss = partial(triplet_loss, margin=margin, miner=miner, axis_name=axes, tile=tile)
         call = lambda emb, identity, key, memory: loss(emb, identity, key=key, memory=memory)  # noqa: E731
@@ -196,7 +200,7 @@ def gathered_triplet_loss(
 
 
 def _mesh_of(emb: Array) -> Any:
-    """The mesh of several devices over which jit knows an array to be divided, if their number divides its rows."""
+    """The mesh of several devices that an array under jit lies on, or that is set, if their number divides its rows."""
     mesh = jax.typeof(emb).sharding.mesh
     if mesh.empty:
         mesh = jax.sharding.get_abstract_mesh()

@@ -136,9 +136,10 @@ def margin_softmax_loss(
     The mean over photos of log(1 + Σ_{j≠y} exp(s cos θ_j) / exp(s φ(cos θ_y))), with φ of `MARGINS`. Embeddings and rows
     are scaled to unit length here. Nothing is of size [B, classes] on one device, except where there is only one.
 
-    With `sample` < 1 the sum runs over the classes of the batch and those of `drawn_rows`, each counted once; memory and
-    multiplications shrink alike. The gradient of the others' rows is 0, but a dense optimizer still moves them: by weight
-    decay and by what is left in its moments. (Partial FC's own does not touch them.)
+    With `sample` < 1 the sum runs over the classes of the batch and those of `drawn_rows`, each counted once. On a device
+    with c rows that makes min(c, drawn + B) of them, since all B photos may be of people whose rows it has. The gradient of
+    the others' rows is 0, but a dense optimizer still moves them: by weight decay and by what is left in its moments.
+    (Partial FC's own does not touch them.)
 
     Args:
       emb: [b, d] float embeddings of this device, of any length.
@@ -194,21 +195,18 @@ def margin_softmax_loss(
     to_own = jnp.where(mine, jnp.sum(photos * own, 1), 0)
 
     # ---- the classes that this device compares
+    chosen = jnp.arange(rows, dtype=jnp.int32)
+    compared = first + chosen < classes
     if sample < 1:
         assert key is not None
         drawn = drawn_rows(key, first, rows, shards * rows // ROWS, sample)
-        outside = jnp.where(mine, place, rows)
-        in_batch = jnp.zeros(rows, bool).at[outside].set(True, mode="drop")
-        photo = jnp.arange(len(identity), dtype=jnp.int32)
-        earliest = jnp.full(rows, len(identity), jnp.int32).at[outside].min(photo, mode="drop")
-        once = mine & (earliest[jnp.where(mine, place, 0)] == photo)
-        columns = jnp.concatenate([_unit(kernel[drawn].astype(emb.dtype)), own])
-        column = jnp.concatenate([first + drawn, identity.astype(jnp.int32)])
-        compared = jnp.concatenate([(first + drawn < classes) & ~in_batch[drawn], once])
-    else:
-        columns = _unit(kernel.astype(emb.dtype))
-        column = first + jnp.arange(rows, dtype=jnp.int32)
-        compared = column < classes
+        wanted = jnp.zeros(rows, bool).at[jnp.where(mine, place, rows)].set(True, mode="drop").at[drawn].set(True)
+        compared &= wanted
+        if (most := len(drawn) + len(identity)) < rows:
+            (chosen,) = jnp.nonzero(wanted, size=most, fill_value=rows)
+            compared = compared.at[chosen].get(mode="fill", fill_value=False)
+            kernel = kernel.at[chosen].get(mode="fill", fill_value=0)
+    columns, column = _unit(kernel.astype(emb.dtype)), first + chosen
 
     # ---- the softmax over all devices
     cosine = jnp.matmul(photos, columns.T, precision=lax.Precision.HIGHEST)

@@ -47,18 +47,23 @@ class Sizes(NamedTuple):
 
 
 def sizes(anchors: int, candidates: int, tile: int | None = None) -> Sizes:
-    """Rows and candidates of a slab: on a CPU half a MiB of float32, which stays in a core's cache; on a GPU 64 MiB.
+    """Rows and candidates of a slab: on a CPU half a MiB of float32, which stays in a core's cache; on a GPU 16 MiB.
+
+    At once a miner holds up to 24 times as much: semi_hard's four arrays [THRESHOLDS, rows, lanes] are 16 times.
 
     Args:
       anchors: b.
       candidates: C.
-      tile: candidates a slab; None chooses.
+      tile: candidates a slab, rounded up to whole lanes; None chooses.
     """
     on_cpu = jax.default_backend() == "cpu"
     if tile is None:
         tile = 256 if on_cpu else 4096
     tile = min(tile, candidates)
-    rows = max(1, (2**17 if on_cpu else 2**24) // tile)
+    if tile > SLICES:
+        tile += -tile % SLICES
+    lanes = tile // _slices(tile)
+    rows = max(1, (2**17 if on_cpu else 2**22) // (SLICES * lanes))
     return Sizes(min(rows, anchors), tile)
 
 
@@ -109,7 +114,8 @@ def mean_distances(layout: mining.Layout, anchors: Array, candidates: Array) -> 
     weighted = weight[:, None] * candidates
     square = jnp.sum(anchors * anchors, 1)
     # Σ_c |a - c|² = C|a|² - 2 a·Σc + Σ|c|²; that of the anchor with itself is 0.
-    everyone = jnp.sum(weight) * square - 2 * anchors @ jnp.sum(weighted, 0) + jnp.sum(weighted * candidates)
+    to_all = jnp.matmul(-2 * anchors, jnp.sum(weighted, 0), precision=lax.Precision.HIGHEST)
+    everyone = jnp.sum(weight) * square + to_all + jnp.sum(weighted * candidates)
 
     def of_person(group: mining.Group, rounds: Array) -> Array:
         def add(r: Array, total: Array) -> Array:

@@ -18,6 +18,7 @@ from experiments.benchmarks import growth, harness, loss, microbatches, reading,
 from experiments.benchmarks import sampling as planning
 from experiments.benchmarks import search as searching
 from faceembed import encoders
+from faceembed import tiled as slabs
 from faceembed.data import pipeline, sampling, sources
 
 ROOT = Path(__file__).parents[1]
@@ -237,9 +238,12 @@ def test_records_are_opened_and_read_from_both_forms(tmp_path):
     assert min(row["faceembed img/s"] for row in rows) > 0
 
 
-def test_mining_in_slabs_is_timed_beside_the_product_of_all_pairs():
+def test_mining_in_slabs_is_timed_beside_the_product_of_all_pairs(monkeypatch):
+    swept, semi_hard = [], slabs.semi_hard
+    monkeypatch.setattr(slabs, "semi_hard", lambda *given, **more: swept.append(1) or semi_hard(*given, **more))
     emb, ids = tiled.embeddings(96, 4)
     row = tiled.beside_product("semi_hard", 96, 4, 1)
+    assert swept, "so few photos would be a table"
     assert row["bar"] == 8
     assert row["multiple"] > 0
     np.testing.assert_allclose(tiled.product(96, 4)(), emb @ emb[32:].T, atol=1e-5)  # the last slab reaches back

@@ -127,21 +127,24 @@ def test_a_batch_that_does_not_divide_is_refused(groups):
 # --- The switch
 
 
-def test_a_training_mines_its_losses_and_its_shares_in_the_groups_of_its_experiment(monkeypatch):
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_training_mines_its_losses_and_its_shares_as_its_experiment_says(monkeypatch, groups):
     seen = []
 
-    def record(emb, identity, *, groups, miner, **_):
-        seen.append((miner, groups))
-        return emb.sum(), {"active": emb.sum()}
+    def record(batch, *_, miner, tile, groups=1, **__):
+        seen.append((miner, tile, groups))
+        value = jax.tree.leaves(batch)[0].sum()
+        return value, {"active": value}
 
     monkeypatch.setattr("faceembed.losses.grouped_triplet_loss", record)
+    monkeypatch.setattr("faceembed.losses.gathered_triplet_loss", record)
     experiment = config.Experiment(
-        loss=config.Triplet(groups=4, miner="semi_hard", last_miner="all"), batch=config.Batch(people=8, photos=2)
+        loss=config.Triplet(groups=groups, miner="semi_hard", last_miner="all", tile=48),
+        batch=config.Batch(people=8, photos=2),
     )
     loss, _ = loop.make_loss(experiment)
     loss(jnp.ones((16, 2)), jnp.zeros(16, jnp.int32), {}, None, jax.random.key(0), jnp.int32(0), None)
-    assert {miner for miner, _ in seen} == {"semi_hard", "all", "hardest"}
-    assert {groups for _, groups in seen} == {4}
+    assert set(seen) == {(miner, 48, groups) for miner in ("semi_hard", "all", "hardest")}
 
 
 def test_an_experiment_whose_batch_does_not_divide_says_what_to_type():

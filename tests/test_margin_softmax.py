@@ -254,6 +254,14 @@ def test_a_sample_needs_that_much_less_memory_and_work():
     assert work[1] < 0.35 * work[0]
 
 
+@pytest.mark.parametrize(("batch", "columns"), [(64, 96 + 64), (512, 288)])
+def test_a_sample_never_makes_more_columns_than_a_device_has_rows(batch, columns):
+    """2,000 people are 288 rows a device, of which a third is drawn; all photos may be of people of one device."""
+    text = compiled(0.1, classes=2000, batch=batch, dim=4).as_text()
+    widths = {int(width) for width in re.findall(rf"f32\[{batch},(\d+)\]", text)}
+    assert max(widths) == columns
+
+
 # --- Which rows are drawn
 
 
@@ -406,6 +414,27 @@ EXPERIMENT = config.Experiment(
     schedule=config.Schedule(warmup=1, learning_rate=5e-3),
     checkpoint=config.Checkpoint(every=3, log=2, keep_best=2),
 )
+
+
+@pytest.mark.parametrize("kind", MARGINS)
+def test_a_training_has_the_loss_that_is_named_and_draws_anew_in_each_update(monkeypatch, kind):
+    seen = []
+    monkeypatch.setattr(margin_softmax, "margin_softmax_loss", lambda *_, **options: seen.append(options))
+    named = config.CHOICES["loss"][kind]
+    loss, params = loop.make_loss(dataclasses.replace(EXPERIMENT, loss=named), classes=9, mesh=meshes.make_mesh(1))
+    for key in (0, 1):
+        loss(None, None, params, None, jax.random.key(key), None, "data")
+        expected = {"kind": kind, "classes": 9, "axis_name": "data", "key": jax.random.key(key)}
+        assert seen.pop() == expected | dataclasses.asdict(named)
+
+
+def test_rows_of_people_decay_as_kernels_do():
+    params = {
+        "encoder": {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)},
+        "loss": {meshes.CLASS_KERNEL: jnp.ones((2, 2))},
+    }
+    decayed = jax.tree_util.tree_map_with_path(steps.decays, params)
+    assert decayed == {"encoder": {"kernel": True, "scale": False}, "loss": {meshes.CLASS_KERNEL: True}}
 
 
 def state_on(devices, classes):

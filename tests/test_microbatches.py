@@ -88,18 +88,22 @@ def photos_alone(emb, identity, params, memory, key, step, axis):
     return value, {"cost": jax.lax.stop_gradient(value)}
 
 
-def build(encoder, loss, devices, *, make_views=views, frozen=None, size=SIZE, **chunked):
+def build(
+    encoder, loss, devices, *, make_views=views, frozen=None, size=SIZE, ema=0.0, momentum=0.0, shard_optimizer=False,
+    **chunked,
+):  # fmt: skip
     """(mesh, state, update) in float64, whose optimizer takes the gradient off the parameters."""
-    mesh, optimizer = meshes.make_mesh(devices), optax.scale(-1.0)
+    mesh = meshes.make_mesh(devices)
+    optimizer = optax.chain(optax.trace(momentum) if momentum else optax.identity(), optax.scale(-1.0))
     draw = np.random.default_rng(1)
     params = {"scale": jnp.float64(1.3), meshes.CLASS_KERNEL: jnp.asarray(draw.normal(size=(CLASSES, DIM)))}
     state = steps.init_state(
         encoder, optimizer, seed=3, size=size, loss_params=params, dtype=jnp.float64,
         memory=losses.init_memory(BATCH + 4, DIM, jnp.float64),
     )  # fmt: skip
-    shardings = meshes.state_sharding(mesh, state)
+    shardings = meshes.state_sharding(mesh, state, shard_optimizer=shard_optimizer)
     update = steps.make_train_step(
-        encoder, loss, optimizer, make_views, seed=3, ema=0.0, mesh=mesh, shardings=shardings, frozen=frozen, **chunked
+        encoder, loss, optimizer, make_views, seed=3, ema=ema, mesh=mesh, shardings=shardings, frozen=frozen, **chunked
     )
     return mesh, jax.device_put(state, shardings), update
 
@@ -112,12 +116,12 @@ def compiled(encoder, loss, devices, **options):
 
 
 def two_steps(encoder, loss, devices, **options):
-    """Per step: metrics, parameters, batch statistics and memory; the second has other random numbers and a memory."""
+    """Per step: metrics and state; the second has other random numbers and a memory."""
     mesh, state, update = compiled(encoder, loss, devices, **options)
     found = []
     for seed in range(2):
         state, metrics = update(state, jax.device_put(batch(seed), meshes.batch_sharding(mesh)))
-        found.append(jax.device_get((metrics, state.params, state.batch_stats, state.memory)))
+        found.append(jax.device_get((metrics, state)))
     return found
 
 
@@ -140,9 +144,32 @@ def test_without_batch_norm_microbatches_take_the_steps_of_the_undivided_batch(d
         assert_equal(two_steps(Plain(), pairs_and_classes, devices, microbatches=count), expected)
 
 
-def test_accumulation_takes_the_steps_of_the_undivided_batch_for_a_mean_over_photos():
+@pytest.mark.parametrize(
+    "chosen", [config.Triplet(memory=BATCH + 4, tile=8), config.Triplet(groups=4, miner="semi_hard_all", tile=0)]
+)
+def test_a_trainings_triplets_averages_and_divided_optimizer_are_those_of_the_undivided_batch(monkeypatch, chosen):
+    monkeypatch.setattr(loop.diagnostics, "active_by_miner", lambda *_: {})  # three more miners to compile
+    experiment = config.Experiment(loss=chosen, encoder=config.ConvNet(dim=DIM), batch=config.Batch(people=8, photos=4))
+    loss, _ = loop.make_loss(experiment)
+    options = {"ema": 0.9, "momentum": 0.5}
     with jax.enable_x64(True):
-        assert_equal(two_steps(Plain(), photos_alone, 8, accumulate=4), undivided(photos_alone))
+        expected = two_steps(Plain(), loss, 1, **options)
+        assert_equal(two_steps(Plain(), loss, 8, microbatches=2, shard_optimizer=True, **options), expected)
+    assert all(metrics["active"] > 0 for metrics, _ in expected)
+
+
+@cache
+def cosface():
+    """A training's, for the kernel of `build`."""
+    experiment = config.Experiment(loss=config.CosFace(scale=8.0), encoder=config.ConvNet(dim=DIM))
+    loss, _ = loop.make_loss(experiment, classes=CLASSES, mesh=meshes.make_mesh(1))
+    return lambda emb, identity, *others: loss(emb, identity % CLASSES, *others)
+
+
+@pytest.mark.parametrize("make", [lambda: photos_alone, cosface])
+def test_accumulation_takes_the_steps_of_the_undivided_batch_for_a_mean_over_photos(make):
+    with jax.enable_x64(True):
+        assert_equal(two_steps(Plain(), make(), 8, accumulate=4), undivided(make()))
 
 
 def one_graph(state, data, count):
@@ -244,6 +271,18 @@ def test_photos_stay_on_their_devices():
         assert len(shape.split(",")) <= 2
 
 
+def test_the_gradient_of_the_parameters_is_summed_over_devices_once_a_chunk():
+    """As docs/scaling.md says: the sum over chunks is whole on every device, so each addend has to be."""
+    with jax.enable_x64(True):
+        program = in_four_chunks(8)[2].as_text()
+    # [64, DIM] is the kernel of the embedding; XLA may turn it.
+    kernel = rf"f64\[(?:64,{DIM}|{DIM},64)\]"
+    summing = [part for part in program.split("\n\n") if re.search(rf"= .*{kernel}.* all-reduce(?:-start)?\(", part)]
+    (body,) = (re.match(r"%(\S+)", part)[1] for part in summing)
+    (loop,) = (line for line in program.splitlines() if f"body=%{body}," in line)
+    assert '"known_trip_count":{"n":"4"}' in loop
+
+
 @pytest.fixture(scope="module")
 def counted():
     """(traces of the views, mesh, state, update) on two devices in chunks; pixels of 255 are not finite."""
@@ -337,6 +376,13 @@ def test_what_is_dropped_depends_on_slot_and_step_alone():
             lambda: config.Experiment(batch=config.Batch(accumulate=2), loss=config.PairLogistic()),
             r"PairLogistic compares.*Try --batch.microbatches 2",
         ),
+        *[
+            (
+                lambda loss=loss: config.Experiment(batch=config.Batch(accumulate=2), loss=loss(sample=0.5)),
+                r"accumulate is 2 and loss.sample 0.5: .*its chunk.*Try --batch.microbatches 2, .*--loss.sample 1\.",
+            )
+            for loss in (config.CosFace, config.ArcFace)
+        ],
         (
             lambda: meshes.check_batch(meshes.make_mesh(2), 6, 4, microbatches=8),
             r"microbatches is 8.*12 photos \(people=6 × photos=4\).*2 devices.*microbatches 6.*multiple of 4\.",
@@ -360,7 +406,10 @@ def test_losses_by_photo_may_be_accumulated(loss):
     config.Experiment(batch=config.Batch(accumulate=2), loss=loss)
 
 
-def test_a_training_passes_its_chunks_on_and_says_what_batch_norm_sees(monkeypatch, tmp_path, noise_photos, capsys):
+@pytest.fixture
+def starts(monkeypatch, tmp_path, noise_photos):
+    """(experiment, devices) → the chunks that a training has when it makes its update, and ends."""
+
     class Reached(Exception):
         pass
 
@@ -369,14 +418,38 @@ def test_a_training_passes_its_chunks_on_and_says_what_batch_norm_sees(monkeypat
 
     monkeypatch.setattr(loop, "open_data", lambda *_, **__: noise_photos)
     monkeypatch.setattr(steps, "make_train_step", make_train_step)
-    tiny = config.Experiment(
-        preprocess=config.Preprocess(size=16), encoder=config.ConvNet(widths=(4,), blocks=(1,), dim=8),
-        batch=config.Batch(people=6, photos=4, microbatches=3),
-    )  # fmt: skip
-    with pytest.raises(Reached) as reached:
-        loop.train(tiny, tmp_path / "run", devices=2, progress=False)
-    assert reached.value.args == (3, 1)
+
+    def start(experiment, devices):
+        with pytest.raises(Reached) as reached:
+            loop.train(experiment, tmp_path / "run", devices=devices, progress=False)
+        return reached.value.args
+
+    return start
+
+
+TINY = config.Experiment(
+    preprocess=config.Preprocess(size=16), encoder=config.ConvNet(widths=(4,), blocks=(1,), dim=8),
+    batch=config.Batch(people=6, photos=4, microbatches=3),
+)  # fmt: skip
+
+
+def in_chunks(count, **changes):
+    return dataclasses.replace(TINY, batch=config.Batch(people=6, photos=4, microbatches=count), **changes)
+
+
+def test_a_training_passes_its_chunks_on_and_says_what_batch_norm_sees(starts, capsys):
+    assert starts(TINY, 2) == (3, 1)
     assert "batch normalisation sees 8 photos at a time, and not the 24 of a batch" in capsys.readouterr().out
-    uneven = dataclasses.replace(tiny, batch=config.Batch(people=6, photos=4, microbatches=5))
     with pytest.raises(ValueError, match="--batch.microbatches 4"):
-        loop.train(uneven, tmp_path / "uneven", devices=2, progress=False)
+        starts(in_chunks(5), 2)
+
+
+def test_batch_norm_sees_two_photos_or_its_running_statistics(starts, capsys):
+    with pytest.raises(ValueError, match=r"microbatches is 24: .*one photo at a time.*Try --batch.microbatches 12,"):
+        starts(in_chunks(24), 1)
+    assert starts(in_chunks(12), 1) == (12, 1)  # two photos, as 24 chunks would be of two devices
+    assert "sees 2 photos" in capsys.readouterr().out
+    assert starts(in_chunks(24, freeze=("*bn*",)), 1) == (24, 1)
+    assert "batch normalisation" not in capsys.readouterr().out
+    assert starts(in_chunks(3, freeze=("stem_bn",)), 1) == (3, 1)  # some are left
+    assert "sees 8 photos" in capsys.readouterr().out

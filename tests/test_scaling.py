@@ -30,6 +30,12 @@ def test_what_an_update_spends_follows_from_the_counts(iresnet18):
     assert row["B"] == 160
     assert row["mining GFLOP"] * 1e9 == 3 * 2 * 10 * 160 * 512
     assert row["mining ms"] == pytest.approx(1e3 * row["mining GFLOP"])
+    # Forward, and twice as much backward.
+    assert row["encoder ms"] == pytest.approx(1e3 * 3 * 10 * iresnet18.flops / machine.encoder_flops)
+    # Each of 3 positives is held against every candidate three times.
+    slow = dataclasses.replace(machine, mining_flops=1e30, comparisons=1e6)
+    compared = scaling.spent(iresnet18, slow, gpus=16, photos_per_gpu=10, photos=4)
+    assert compared["mining ms"] == pytest.approx(1e3 * 3 * 3 * 10 * 160 / 1e6)
     # Each of 16 devices sends 15 of 16 parts: of 160·512 embeddings and 160 ids, and of as many numbers back.
     assert row["gather MB"] * 1e6 == pytest.approx(150 * 4 * 513)
     assert row["scatter MB"] * 1e6 == pytest.approx(150 * 4 * 512)

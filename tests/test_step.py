@@ -112,7 +112,7 @@ def test_more_devices_take_the_steps_of_one_float64(devices):
     # More negatives from the update on that may use them.
     triplets = [row["triplets"] for row in one]
     with jax.enable_x64(True):
-        without, _ = trajectory(replace(experiment, loss=replace(loss, memory=0)), 1)
+        without, _ = trajectory(replace(experiment, loss=replace(loss, memory=0, memory_after=0)), 1)
     assert [row["loss"] for row in without[:2]] == [row["loss"] for row in one[:2]]
     assert without[2]["loss"] != one[2]["loss"]
     assert min(triplets) > 0
@@ -125,6 +125,17 @@ def test_an_update_gathers_embeddings_and_ids_once_however_many_miners_look_at_t
     sent = re.findall(r"= \w+\[([\d,]*)\]\S* (all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
     dim = experiment.encoder.dim
     assert sorted(sent) == [("24", "all-gather"), (f"24,{dim}", "all-gather"), (f"3,{dim}", "reduce-scatter")]
+
+
+def test_a_memory_gathers_embeddings_and_ids_once_more():
+    def gathers_none(emb, identity, params, memory, key, step, axis):
+        return jax.lax.pmean(emb.sum(), axis), {}
+
+    experiment = replace(TINY, loss=config.Triplet(memory=40))
+    mesh, state, update = build(experiment, 8, loss=gathers_none, views=lambda _, __, images: images[:, :16, :16] / 255)
+    text = update.lower(state, next(meshes.to_devices(batches(1), mesh))).compile().as_text()
+    sent = re.findall(r"= \w+\[([\d,]*)\]\S* (all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
+    assert sorted(sent) == [("24", "all-gather"), (f"24,{experiment.encoder.dim}", "all-gather")]
 
 
 def test_a_divided_optimizer_takes_the_same_steps_with_an_eighth_of_the_memory():

@@ -1,5 +1,6 @@
 """Mining slab by slab, and with a memory, against nested loops; and what a compiled update holds and sends."""
 
+import itertools
 import math
 import re
 from functools import cache, partial
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from faceembed import config, losses, mining, tiled
 from faceembed.losses import Memory, triplet_loss
+from faceembed.margin_softmax import margin_softmax_loss
 
 D = 3
 FAST = {"xla_backend_optimization_level": 0}
@@ -116,6 +118,17 @@ def test_the_value_alone_is_that_which_comes_with_a_gradient(miner):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), alone, both)
 
 
+@pytest.mark.parametrize("miner", ["all", "semi_hard_all", "semi_hard"])
+def test_twins_whose_distance_rounding_puts_below_zero_are_at_zero(miner):
+    """64 faces that two people share: with no margin no triplet of theirs is active, and nobody else's either."""
+    emb = np.repeat(np.random.default_rng(0).normal(size=(64, 100)).astype(np.float32), 4, 0)
+    ids = np.arange(256, dtype=np.int32) // 2
+    run = partial(triplet_loss, margin=0.0, miner=miner, tile=64)
+    (loss, metrics), grad = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=FAST)(emb, ids)
+    assert loss == metrics["active"] == 0
+    np.testing.assert_array_equal(grad, 0)
+
+
 def test_random_draws_from_a_memory_as_often_as_from_the_batch():
     ids = np.array([3, 1, 3, 1, 2], np.int32)
     remembered, filled = np.array([7, 3, 2, 9, 8], np.int32), np.array([True, True, True, False, True])
@@ -214,6 +227,20 @@ def test_jit_divides_the_slabs_of_a_divided_batch_by_itself(miner):
         np.testing.assert_allclose(metrics[name], value, rtol=2e-6, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.parametrize("remembered", [0, 7])
+def test_jit_divides_what_one_device_alone_would_take_in_slabs(monkeypatch, remembered):
+    """Each of eight devices could make a table of its part: one of all of them cannot, of the batch or with its memory."""
+    emb, ids, memory = batch(1, 64, 9, 0, remembered=remembered)
+    emb, ids = (jax.device_put(x, NamedSharding(mesh_of(8), P("data"))) for x in (np.float32(emb), ids))
+    run = partial(triplet_loss, margin=0.3, miner="semi_hard", memory=memory)
+    monkeypatch.setattr(losses, "TABLE", 64 * (64 + remembered) - 1)
+    divided = jax.jit(jax.value_and_grad(run, has_aux=True))
+    assert "manual_computation" in divided.lower(emb, ids).as_text()
+    alone = jax.jit(jax.value_and_grad(partial(run, tile=0), has_aux=True))(*jax.device_get((emb, ids)))
+    check = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(check, jax.device_get(divided(emb, ids)), jax.device_get(alone))
+
+
 @pytest.mark.parametrize("miner", ["hardest", "all", "semi_hard"])
 def test_memory_grows_with_the_batch_and_not_with_its_square(miner):
     def temporary(size):
@@ -227,14 +254,57 @@ def test_memory_grows_with_the_batch_and_not_with_its_square(miner):
     assert large < 32768**2
 
 
+@pytest.mark.parametrize("miner", ["all", "semi_hard"])
+@pytest.mark.parametrize(("candidates", "tile"), [(4095, None), (5000, 1001), (5000, None), (3000, 15)])
+def test_a_gpus_slabs_take_what_is_promised(monkeypatch, miner, candidates, tile):
+    shapes = jax.ShapeDtypeStruct((candidates, 4), jnp.float32), jax.ShapeDtypeStruct((candidates,), jnp.int32)
+    run = jax.jit(jax.grad(partial(triplet_loss, margin=0.2, miner=miner, tile=tile), has_aux=True))
+    with monkeypatch.context() as patched:
+        patched.setattr(tiled.jax, "default_backend", lambda: "gpu")
+        lowered = run.lower(*shapes)
+    # 24 × 16 MiB, and a MiB of what is linear in the batch.
+    assert lowered.compile(FAST).memory_analysis().temp_size_in_bytes < 385 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("loss", "tile"), [*itertools.product(mining.MINERS, (0, 16)), ("contrastive", None), ("arcface", None)]
+)
+def test_no_product_is_rounded_to_fewer_bits(loss, tile):
+    """A GPU would round the factors to TF32's 10 bits."""
+    emb, ids, memory = batch(0, 32, 5, 0, remembered=5)
+    emb, kernel = np.float32(emb), np.ones((5, D), np.float32)
+    if loss == "contrastive":
+        run = lambda emb, kernel: losses.contrastive_loss(emb, ids, margin=1.0)  # noqa: E731
+    elif loss == "arcface":
+        run = lambda emb, kernel: margin_softmax_loss(  # noqa: E731
+            emb, ids, kernel, classes=5, kind=loss, scale=8.0, margin=0.5
+        )
+    else:
+        options = {"margin": 0.2, "miner": loss, "tile": tile, "memory": memory, "key": jax.random.key(0)}
+        run = lambda emb, kernel: triplet_loss(emb, ids, **options)  # noqa: E731
+    text = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True)).lower(emb, kernel).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) > 0 or loss == "random"
+    for line in products:
+        assert "precision = [HIGHEST, HIGHEST]" in line
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"tile": -1}, "loss.tile is -1.*--loss.tile 256"),
         ({"memory": -5}, "loss.memory is -5.*--loss.memory 4096"),
         ({"memory_after": -1}, "loss.memory_after is -1.*--loss.memory-after 1000"),
+        ({"memory_after": 5}, "loss.memory_after is 5, and there is no memory.*--loss.memory 4096"),
     ],
 )
 def test_options_that_do_not_count_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         config.Triplet(**options)
+
+
+def test_a_memory_that_no_update_would_use_is_refused():
+    loss = config.Triplet(memory=8, memory_after=20)
+    with pytest.raises(ValueError, match="loss.memory_after is 20 and steps 20.*Try --loss.memory-after 2\\."):
+        config.Experiment(steps=20, loss=loss)
+    config.Experiment(steps=21, loss=loss)

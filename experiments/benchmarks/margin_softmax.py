@@ -135,7 +135,7 @@ def compiled(classes: int, devices: int, batch: int, sample: float) -> dict[str,
 
 
 def beside_plain(classes: int, devices: int, repeats: int) -> dict[str, Any]:
-    """A row of the second table, measured in this process."""
+    """A row of the third table, measured in this process."""
     start(devices)
     ours, sizes = make(classes, devices, 1.0)
     plain, plain_sizes = make(classes, devices, 1.0, plain=True)

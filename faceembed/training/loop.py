@@ -100,10 +100,17 @@ def train(
     # A size that the encoder cannot take is told before photos are read.
     images = jnp.zeros((1, pre.size, pre.size, 3), jnp.float32)
     shapes = jax.eval_shape(lambda key: encoder.init(key, images, train=False), jax.random.key(0))
-    if (chunks := max(chunked.values())) > 1 and "batch_stats" in shapes:
-        at_once = batch.people * batch.photos // chunks
-        print(f"note: batch normalisation sees {at_once} photos at a time, and not the {at_once * chunks} of a batch.")
     frozen = transfer.frozen_by(experiment.freeze, shapes["params"]) if experiment.freeze else None
+    if (chunks := max(chunked.values())) > 1 and transfer.norms_by_batch(shapes, frozen):
+        at_once = batch.people * batch.photos // chunks
+        if at_once < 2:
+            name = "microbatches" if batch.microbatches > 1 else "accumulate"
+            fewer = max(n for n in range(1, chunks) if chunks % n == 0)
+            raise ValueError(
+                f"batch.{name} is {chunks}: batch normalisation would see one photo at a time, of which it leaves 0. "
+                f"Try --batch.{name} {fewer}, or with --init also --freeze '*bn*', which holds the norms."
+            )
+        print(f"note: batch normalisation sees {at_once} photos at a time, and not the {at_once * chunks} of a batch.")
     by_layer = None
     if experiment.freeze or experiment.layer_rates:
         rates = transfer.rates_by(experiment.layer_rates, shapes["params"])

@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from faceembed import losses
 from faceembed import mesh as meshes
@@ -175,6 +175,11 @@ def make_train_step(
         def global_loss(emb: jax.Array, identity: jax.Array, params: Any, memory: Any, key: jax.Array, step: jax.Array):
             return loss(emb, identity, params, memory, key, step, meshes.DATA)
 
+        def remembered(memory: losses.Memory, emb: jax.Array, identity: jax.Array) -> losses.Memory:
+            # Made whole first: left to itself the compiler divides the memory and passes its parts round.
+            whole = jax.lax.with_sharding_constraint((emb, identity), NamedSharding(mesh, same))
+            return losses.remember(memory, *whole)
+
         def encode(params: Any, photos: dict[str, jax.Array], collection: str = layers.MOMENTS):
             images = views(state.step, photos["slot"], photos["image"])
             held = transfer.without_gradient(params, frozen) if frozen else params
@@ -225,8 +230,7 @@ def make_train_step(
             # The schedule's count lives in here: an update that is not applied does not advance it.
             opt_state=_choose(finite, opt_state, state.opt_state),
             ema=_choose(finite, average, state.ema),
-            memory=state.memory
-            and _choose(finite, losses.remember(state.memory, emb, batch["identity"]), state.memory),
+            memory=state.memory and _choose(finite, remembered(state.memory, emb, batch["identity"]), state.memory),
         )
         return new, {**metrics, "loss": value, "skipped": new.skipped, **health}
 

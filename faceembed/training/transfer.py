@@ -97,18 +97,29 @@ def without_gradient(params: Any, frozen: Frozen) -> Any:
 def evaluate_frozen(frozen: Frozen) -> Any:
     """A context in which frozen batch normalisations use their running statistics, and change none, in training too."""
 
-    def held(module: BatchNorm) -> bool:
-        """A norm that is named, or all of whose parameters are: "stem_bn", "stem_bn/*" or "*/scale" and "*/bias"."""
-        path = "/".join(module.path)
-        return frozen(path) or (frozen(f"{path}/bias") and (not module.use_scale or frozen(f"{path}/scale")))
-
     def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if isinstance(module, BatchNorm) and context.method_name == "__call__" and held(module):
+        if (
+            isinstance(module, BatchNorm)
+            and context.method_name == "__call__"
+            and _holds(frozen, "/".join(module.path), module.use_scale)
+        ):
             object.__setattr__(module, "use_running_average", True)  # this application's own copy of the module
         return call(*args, **kwargs)
 
     return nn.intercept_methods(interceptor)
+
+
+def _holds(frozen: Frozen, norm: str, scaled: bool) -> bool:
+    """A norm that is named, or all of whose parameters are: "stem_bn", "stem_bn/*" or "*/scale" and "*/bias"."""
+    return frozen(norm) or (frozen(f"{norm}/bias") and (not scaled or frozen(f"{norm}/scale")))
+
+
+def norms_by_batch(variables: Mapping[str, Any], frozen: Frozen | None) -> list[str]:
+    """Batch normalisations that training normalises by the moments of a batch: all but those that are frozen."""
+    names = names_of(variables["params"])
+    norms = {name.rpartition("/")[0] for name in names_of(variables.get("batch_stats", {}))}
+    return sorted(norm for norm in norms if not (frozen and _holds(frozen, norm, f"{norm}/scale" in names)))
 
 
 def require_alike(fresh: Mapping[str, Any], found: Mapping[str, Any]) -> None:
