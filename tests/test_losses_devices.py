@@ -152,7 +152,13 @@ def on_one_device():
     return [jax.device_get(run(*arguments(seed, *shape))) for seed, shape in enumerate(BATCHES)]
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+def marked(spread):
+    """Each transformation at once on some number of devices; the other numbers are long checks."""
+    quick = spread in ("jit on 2", "jit on 8", "shard_map on 2", "pmap on 8") or "," in spread
+    return spread if quick else pytest.param(spread, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("spread", map(marked, SPREADS))
 def test_any_spread_of_the_batch_gives_the_same_value_metrics_and_gradient(spread):
     with jax.enable_x64(True):
         run = SPREADS[spread]()
