@@ -528,7 +528,7 @@ class _Stream:
         """(encoded photo, its SHA-256, why it is left out or None)."""
         try:
             own, data = self._records.photo(index)
-            photo = sources.decode(data)
+            photo = sources.decode(data, most=sources.MOST_IN_RECORD)
         except ValueError as error:
             return b"", b"", f"corrupt image: left out ({error})"
         if own != self._records.label[index]:
