@@ -270,7 +270,7 @@ def test_a_photo_that_does_not_decode_is_named_with_its_byte(tmp_path):
     photos = opened(path, tmp_path)
     assert photos.read(0).shape == (32, 32, 3)
     with pytest.raises(
-        ValueError, match=r"0000000/00000002, the record at byte .* --archive .*train.rec.*--data.exclude"
+        ValueError, match=r"0000000/00000002, the record at byte .*--skip-bad-photos.* --archive .*train.rec"
     ):
         photos.read(1)
 

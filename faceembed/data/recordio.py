@@ -667,8 +667,8 @@ def open_photos(source: str, data_dir: Path, *, progress: bool = True) -> Photos
         except ValueError as error:
             raise ValueError(
                 f"{source}: photo {keys[index]}, the record at byte {records.offset[index]:,}, does not decode ({error}). "
-                "Convert the set, which leaves such photos out: python launch.py data prepare insightface --archive "
-                f"{path}; or train without it: a line {keys[index]} in FILE, --data.exclude FILE."
+                "A training passes over as many as --skip-bad-photos allows. To have a set without them, before a training "
+                f"is begun: python launch.py data prepare insightface --archive {path}."
             ) from error
 
     return Photos(
