@@ -24,7 +24,6 @@ from faceembed import checkpoint, config
 from faceembed import mesh as meshes
 from faceembed.data import splits, synthetic
 from faceembed.training import interrupts, loop
-from tests.conftest import xla_flags
 
 STEPS = 60
 
@@ -43,7 +42,7 @@ class Lab:
         with open(log, "wb") as file:
             process = subprocess.Popen(
                 [*prefix, *chaos.command(run, STEPS, *more)], cwd=chaos.ROOT, stdout=file, stderr=subprocess.STDOUT,
-                env=chaos.environment(self.folder / "xla") | {"XLA_FLAGS": xla_flags(1)},
+                env=chaos.environment(self.folder / "xla"),
             )  # fmt: skip
         return process, log
 
