@@ -27,8 +27,8 @@ Fixed before a result was looked at:
 With 15,974 photos of 5,561 people of CelebA, points of AUC and the interval over seeds: +1.95 [1.40, 2.50] at 8 photos a
 device, +1.50 [0.94, 2.06] at 16, +0.85 [0.13, 1.57] at 32. docs/triplet-training.md has more.
 
-Finished runs are kept in --runs and are not made again; the table, results.json and global_vs_local.svg are made of all
-that are there.
+Finished runs are kept in --runs with their settings and are not made again; one of other settings is refused. The table,
+results.json and global_vs_local.svg are made of all that are there.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,38 @@ class Run:
             loss=dataclasses.replace(BASE.loss, groups=ARMS[self.arm]),
             schedule=config.Schedule(learning_rate=self.rate, warmup=max(1, steps // 10), weight_decay=0.05, ema=0.98),
         )
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """Everything that a run's figures depend on but the photographs; JSON-able, and kept with them."""
+    return {**dataclasses.asdict(run), "experiment": json.loads(config.to_json(run.experiment))}
+
+
+def finished(path: Path, run: Run) -> dict[str, Any] | None:
+    """What a finished run left; None where there is no such file.
+
+    Raises:
+      ValueError: it is of a run with other settings, whatever its name.
+    """
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    there, here = (dict(_leaves({name: of.get(name) for name in settings(run)})) for of in (found, settings(run)))
+    other = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    if other:
+        lines = [f"{name}: {there.get(name)!r} there, {here.get(name)!r} now" for name in other[:5]]
+        lines += [f"and {len(other) - 5} more"] if len(other) > 5 else []
+        told = "".join(f"\n  {line}" for line in lines)
+        raise ValueError(f"{path} is of a run with other settings:{told}\nMove it away, or give another --runs.")
+    return found
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _leaves(inner, f"{name}.{key}" if name else key)
 
 
 def grid(seeds: Sequence[int], batches: Sequence[int] = BATCHES, photos: int = PHOTOS) -> list[Run]:
@@ -409,7 +441,7 @@ class Trainer:
         if "lfw" in of:
             lfw = of["lfw"]
             found |= {"auc": found.pop("lfw_auc"), "tar": lfw.tar, "influence": lfw.influence.round(9).tolist()}
-        return {**dataclasses.asdict(run), **found}
+        return {**settings(run), **found}
 
 
 def main() -> None:
@@ -431,23 +463,23 @@ def main() -> None:
     if flags.rates:
         tuned = Trainer()
         for rate in RATES:
-            found = tuned.run(Run(each=16, arm="global", seed=TUNING_SEED, rate=rate), ("select",))
-            print(f"learning rate {rate:g}: AUC {found['select_auc']:.4f} on select people", flush=True)
+            tried = tuned.run(Run(each=16, arm="global", seed=TUNING_SEED, rate=rate), ("select",))
+            print(f"learning rate {rate:g}: AUC {tried['select_auc']:.4f} on select people", flush=True)
         return
     runs = grid(flags.seeds, flags.batches)
     if flags.quick:
         runs, flags.runs, flags.out = grid((0, 1), (8,), 640), flags.runs / "quick", flags.runs / "quick"
     path = {run.name: flags.runs / f"{run.name}.json" for run in runs}
-    missing = [run for run in runs if not path[run.name].exists()]
+    # All that are there are looked at before any is made.
+    found = {run.name: kept for run in runs if (kept := finished(path[run.name], run))}
+    missing = [run for run in runs if run.name not in found]
     trainer: Trainer | None = Trainer() if missing else None
     for run in missing:
         assert trainer is not None
-        found = trainer.run(run)
-        report.write_json(path[run.name], found)
-        print(
-            f"{run.name}: AUC {found['auc']:.4f}, TAR {found['tar']:.4f}, CelebA {found['report_auc']:.4f}", flush=True
-        )
-    rows = summary({name: json.loads(file.read_text()) for name, file in path.items()}, runs)
+        made = found[run.name] = trainer.run(run)
+        report.write_json(path[run.name], made)
+        print(f"{run.name}: AUC {made['auc']:.4f}, TAR {made['tar']:.4f}, CelebA {made['report_auc']:.4f}", flush=True)
+    rows = summary(found, runs)
     report.write_json(flags.runs / "results.json", {"rows": rows})
     report.write_text(flags.out / "global_vs_local.svg", figure(rows))
     print(f"\n{table(rows)}\n\nwritten: {flags.runs / 'results.json'}, {flags.out / 'global_vs_local.svg'}")

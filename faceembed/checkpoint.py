@@ -98,7 +98,8 @@ class Checkpoints:
             self._thread.shutdown()
         if self._failed and kind is None:
             raise OSError(self._failed)
-        print(*self._untold, sep="\n", end="")
+        for failure in self._untold:
+            print(failure)
 
     @property
     def latest(self) -> int | None:
@@ -302,15 +303,17 @@ def check_same(run: Path, experiment: configs.Experiment) -> None:
     Raises:
       ValueError: naming every field that differs; or the directory holds weights from elsewhere, and no training.
     """
-    path = run / "config.json"
-    if not path.exists() or not started(run):
+    complete = _complete_steps(run)
+    if not complete:
         return
-    if not any((step / "train").is_dir() for step in _complete_steps(run)):
+    if not any((step / "train").is_dir() for step in complete):
         raise ValueError(
             f"{run} holds imported weights and no training to go on with. Start from them in a directory of its own: "
             f"--init {run} --run-dir {run}-trained."
         )
-    stored = configs.from_json(path.read_text())
+    path = run / "config.json"
+    newest = max(complete, key=lambda step: int(step.name))
+    stored = configs.from_json(path.read_text()) if path.exists() else _config_of(newest)
 
     def comparable(value: configs.Experiment) -> configs.Experiment:
         # What an exclude file names is part of the photos' fingerprint, wherever it lies.
@@ -341,6 +344,11 @@ def _differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]
     return [] if old == new else [(name, old, new)]
 
 
+def _config_of(step: Path) -> configs.Experiment:
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as facts:
+        return configs.from_json(facts.restore(step.resolve() / "config")["json"])
+
+
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Holds a run directory; the lock goes with the process, however that ends, so none is ever stale.
@@ -349,28 +357,40 @@ def locked(run: Path) -> Iterator[None]:
 
     Raises:
       BlockingIOError: if another process holds it; the message names that process.
+      OSError: if the file system has no locks.
     """
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / "lock", "a+") as file:
-        file.seek(0)
-        owner = file.read().strip()
+    with open(run / "lock", "a+b", buffering=0) as file:
+
+        def owner() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace").strip()
+
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(
-                f"{run} is being trained by process {owner or 'unknown'}. Wait for it, stop it, or give another --run-dir."
+                f"{run} is being trained by process {owner() or 'unknown'}. Wait for it, stop it, or give another "
+                "--run-dir."
             ) from None
+        except OSError as error:
+            raise OSError(
+                f"{run} cannot be locked ({error.strerror}): its file system has no flock, without which two trainings "
+                "could write to one directory. Give a --run-dir on another disk, or have this one mounted with locks."
+            ) from error
         here = socket.gethostname()
-        if owner:
-            elsewhere = "" if owner.endswith(f" on {here}") else " If it still runs there, stop this command."
-            print(f"note: process {owner}, which trained in {run}, was killed or its machine stopped.{elsewhere}")
-        file.truncate(0)
+        # Not before it is locked: one that ended meanwhile took its name away.
+        if former := owner():
+            elsewhere = "" if former.endswith(f" on {here}") else " If it still runs there, stop this command."
+            print(f"note: process {former}, which trained in {run}, was killed or its machine stopped.{elsewhere}")
         try:
-            file.write(f"{os.getpid()} on {here}")
-            file.flush()
+            with contextlib.suppress(OSError):  # on a full disk it is held without a name
+                file.truncate(0)
+                file.write(f"{os.getpid()} on {here}".encode())
             yield
         finally:
-            file.truncate(0)
+            with contextlib.suppress(OSError):
+                file.truncate(0)
 
 
 def started(run: Path) -> bool:
@@ -407,8 +427,9 @@ def seal(step: Path) -> None:
 def damage(step: Path, items: Sequence[str] = (*ITEMS, "metrics")) -> str | None:
     """What is wrong with the files of a step directory; None if nothing is.
 
-    A step without `SHA256SUMS`, since its training was killed just before they were written or is older than they are, is
-    read instead.
+    A file that `SHA256SUMS` does not name tells that they are cut off; hidden ones, which a file system leaves, do not
+    count. A step without `SHA256SUMS`, since its training was killed just before they were written or is older than they
+    are, is read instead.
 
     Args:
       step: the step directory.
@@ -424,16 +445,19 @@ def damage(step: Path, items: Sequence[str] = (*ITEMS, "metrics")) -> str | None
         expected = {name: digest for digest, name in sums}
     except ValueError:
         return f"{SUMS} does not read"
-    for name, digest in expected.items():
+    there = {str(path.relative_to(step)) for path in step.rglob("[!.]*") if path.is_file() and path.name != SUMS}
+    for name in sorted(there | expected.keys()):
         if "/" in name and name.split("/")[0] not in items:
             continue
+        if name not in expected:
+            return f"{SUMS} does not name {name}"
         try:
             with open(step / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
                 size = file.tell()
         except OSError as error:
             return f"{name} does not read ({error.strerror})"
-        if found != digest:
+        if found != expected[name]:
             return f"{name} ({size:,} bytes) is not what was saved"
     return None
 
@@ -551,7 +575,7 @@ def read_evaluation(path: Path) -> tuple[configs.Experiment, dict[str, Any], dic
     facts = ocp.JsonCheckpointHandler()
     arrays = ocp.PyTreeCheckpointHandler()
     with contextlib.closing(facts), contextlib.closing(arrays):
-        experiment = configs.from_json(facts.restore(step / "config")["json"])
+        experiment = _config_of(step)
         data = facts.restore(step / "data")
         ema = _as_numpy(arrays, step / "params", only="ema")["ema"]
     return experiment, {"params": ema["params"], "batch_stats": ema["batch_stats"]}, data

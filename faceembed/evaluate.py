@@ -47,6 +47,49 @@ def split_photos(photos: sources.Photos) -> dict[str, sources.Photos]:
     return parts
 
 
+def leave_out_bad(
+    people_of: Mapping[str, sources.Photos], limit: int, *, progress: bool = True
+) -> tuple[dict[str, sources.Photos], list[str]]:
+    """The parts without the photos of held-out people that do not decode: what is compared is drawn from the others.
+
+    Nothing stands in for them, as it does in training: a pair of another photo would be another pair. Looked at is what
+    `_Select` and `final_report` compare, which is some thousands of ten million photos.
+
+    Args:
+      people_of: as `split_photos` gives them; photos that are aligned as they are read may be given before that.
+      limit: more such photos than this are an error.
+      progress: show bars.
+
+    Returns:
+      (the parts, the keys of what was left out); these are printed with what is wrong with them.
+
+    Raises:
+      ValueError: they are too many, or a part without them makes no pairs.
+    """
+    kept, bad = dict(people_of), dict[str, str]()
+    for part in ("select", "calibrate", "report"):
+        while failed := pipeline.undecodable(_compared(kept[part], part), progress=progress):
+            bad |= failed
+            if len(bad) > limit:
+                raise ValueError(
+                    f"{len(bad)} photos of {kept[part].source}, of people who are held out, do not decode, more than "
+                    f"--skip-bad-photos {limit}:{pipeline.listed(list(bad.values()))}\n"
+                    "Bring them back; or give a larger --skip-bad-photos, and they are left out of what is compared."
+                )
+            good = np.ones(len(kept[part]), bool)
+            good[list(sources.located(failed, kept[part]).values())] = False
+            kept[part] = sources.select(kept[part], good)
+    if bad:
+        print(f"photos of held-out people that do not decode, and are left out:{pipeline.listed(list(bad.values()))}")
+    return kept, list(bad)
+
+
+def _compared(photos: sources.Photos, part: str) -> sources.Photos:
+    """Those of a part that are in pairs or, of calibrate and report people, compared all with all."""
+    chosen = pair_lists.used(pair_lists.heldout(photos, part), photos)
+    return sources.select(photos, chosen if part == "select" else chosen | _within_bounds(photos))
+
+
 def person_hash(person: str) -> str:
     """12 hex digits that stand for a person's name in a checkpoint."""
     return hashlib.sha256(str(person).encode()).hexdigest()[:12]
@@ -111,13 +154,18 @@ def bounded(photos: sources.Photos, *, most: int = 15_000, each: int = 50) -> so
 
     15,000 photos are 112 million pairs: seconds a head. A set's every twentieth person can be a hundred times that.
     """
+    return sources.select(photos, _within_bounds(photos, most=most, each=each))
+
+
+def _within_bounds(photos: sources.Photos, *, most: int = 15_000, each: int = 50) -> np.ndarray:
+    """[n] bool, which photos `bounded` takes."""
     place = np.arange(len(photos)) - np.searchsorted(photos.identity, photos.identity)
     kept = place < each
     count = np.bincount(photos.identity[kept], minlength=len(photos.people))
     order = sorted(range(len(photos.people)), key=lambda person: person_hash(str(photos.people[person])))
     inside = np.zeros(len(photos.people), bool)
     inside[[person for person, total in zip(order, np.cumsum(count[order]), strict=True) if total <= most]] = True
-    return sources.select(photos, kept & inside[photos.identity])
+    return kept & inside[photos.identity]
 
 
 def compare_photos(
@@ -416,8 +464,8 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def final_report(
-    run: Path, people_of: dict[str, sources.Photos], *, bad_photos: Sequence[str] = (), progress: bool = True,
-    command: str | None = None,
+    run: Path, people_of: Mapping[str, sources.Photos], *, bad_photos: Sequence[str] = (), skip_bad_photos: int = 0,
+    progress: bool = True, command: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Verification of report people by the best checkpoint, heads fitted on calibrate people; prints the table.
 
@@ -428,6 +476,7 @@ def final_report(
       run: the run directory.
       people_of: photos of the people of each part, as `split_photos` gives them.
       bad_photos: keys of those that did not decode in training, where others stood in for them.
+      skip_bad_photos: as many photos of held-out people may not decode and be left out.
       progress: show progress bars.
       command: what was typed to train, for the report.
 
@@ -435,6 +484,8 @@ def final_report(
       What `results.json` holds.
     """
     embedder = embed.load(run)
+    people_of, left_out = leave_out_bad(people_of, skip_bad_photos, progress=progress)
+    people_of = {part: crops.framed_for(photos, embedder.preprocess) for part, photos in people_of.items()}
     listed = {part: pair_lists.heldout(people_of[part], part) for part in ("calibrate", "report")}
     fit, test = (embed_pairs(embedder, people_of[part], listed[part], progress=progress) for part in listed)
     results = compare_pairs(embedder, test, fit=fit)
@@ -458,6 +509,7 @@ def final_report(
         "checkpoint": str(embedder.path),
         "source": people_of["report"].source,
         "bad_photos": list(bad_photos),
+        "left_out_photos": left_out,
         "results": results.to_dict(),
         "all_pairs": everyone.to_dict(),
     }
@@ -470,9 +522,15 @@ def final_report(
         again += ["--data-dir", embedder.config.data.data_dir]
     commands = {"Train again": command} if command else {}
     commands["Verify again"] = shlex.join(again)
+    warnings = []
+    if left_out:
+        warnings.append(
+            f"{len(left_out)} photos of held-out people do not decode and are left out of what is compared: "
+            f"{', '.join(left_out)}"
+        )
     shown = make_page(
         embedder, photos, results=results, pairs=listed["report"], everyone=everyone, title=run.name or str(run),
-        commands=commands, run=run, progress=progress,
+        commands=commands, run=run, progress=progress, warnings=warnings,
         tested=f"{len(photos.people)} people of {photos.source} who were set aside: neither the training, nor the choice "
         f"of the checkpoint (step {embedder.path.name} of {embedder.config.steps}), nor a head or threshold has seen them. "
         f"Heads were fitted on {len(people_of['calibrate'].people)} others.",

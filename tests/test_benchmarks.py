@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from experiments.benchmarks import __main__ as runner
-from experiments.benchmarks import growth, harness, loss, microbatches, reading, records, tiled
+from experiments.benchmarks import growth, harness, loss, margin_softmax, microbatches, reading, records, tiled
 from experiments.benchmarks import sampling as planning
 from experiments.benchmarks import search as searching
 from faceembed import encoders
@@ -353,3 +353,17 @@ def test_simulated_people_have_a_long_tail_and_are_planned_and_split(monkeypatch
     assert min(row["s"] for row in way) > 0
     # 12 digits, two quotes, a comma and a space for each of 85 % of the people.
     assert way[-1]["file MB"] == pytest.approx(0.85 * 2000 * 16 / 1e6, rel=0.03)
+
+
+def test_class_weights_are_divided_over_devices_and_held_against_all_rows_on_each(monkeypatch):
+    monkeypatch.setattr(harness, "fresh", lambda function, *args: function(*args))
+    monkeypatch.setattr(margin_softmax, "start", lambda devices: None)
+    monkeypatch.setattr(margin_softmax, "DEVICES", 2)
+    # Augmentation is most of what would be compiled.
+    plain = lambda step, slot, images: images[:, 1:-1, 1:-1] / 127.5 - 1.0  # noqa: E731
+    monkeypatch.setattr(margin_softmax.loop, "make_views", lambda _: plain)
+    whole, sampled, all_of_them, some, beside = margin_softmax.run(quick=True)
+    assert whole["compared"] == 3000
+    assert sampled["compared"] < 1000
+    assert some["temporary MB"] < all_of_them["temporary MB"]
+    assert beside["plain state MB"] == 2 * beside["state MB"]  # that both compute the same is asserted there

@@ -1,6 +1,7 @@
 """Archives into array_record and back, with everything that can be wrong with an archive."""
 
 import collections
+import fcntl
 import io
 import json
 import os
@@ -220,12 +221,23 @@ def test_nothing_is_left_of_a_preparation_that_fails(celeba, tmp_path):
 
 
 def test_what_a_killed_preparation_left_is_removed_and_a_running_ones_is_not(celeba):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for process in (ended.pid, os.getppid()):
-        (celeba["data_dir"] / f".celeba.{process}.part").mkdir(parents=True)
-    builders.prepare("celeba", **celeba)
-    assert sorted(f.name for f in celeba["data_dir"].iterdir()) == [f".celeba.{os.getppid()}.part", "celeba"]
+    """Whatever their names say: another host's or container's process may have any number, also one that lives here."""
+    left, held = (celeba["data_dir"] / f".celeba.{name}.part" for name in (os.getppid(), "elsewhere.0a1b2c3d"))
+    for workshop in (left, held):
+        workshop.mkdir(parents=True)
+        (workshop / "lock").touch()
+    with open(held / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        builders.prepare("celeba", **celeba)
+        assert sorted(file.name for file in celeba["data_dir"].iterdir()) == [held.name, "celeba"]
+
+
+def test_a_preparation_holds_its_workshop_until_it_ends(celeba):
+    with builders._workshop(celeba["data_dir"].parent, "celeba") as workshop:
+        for _ in range(2):
+            builders.prepare("celeba", **celeba | {"data_dir": workshop.parent, "overwrite": True})
+            assert workshop.is_dir()
+    assert not workshop.exists()
 
 
 def test_a_damaged_set_names_the_photo(celeba):

@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -255,6 +258,33 @@ def test_any_changed_truncated_or_missing_file_is_noticed_and_named(run):
     assert checkpoint.damage(step) == "params is missing"
 
 
+def test_sums_that_are_empty_or_cut_off_are_noticed(run):
+    step = run / "checkpoints" / "2"
+    sums = step / checkpoint.SUMS
+    lines = sums.read_text().splitlines(keepends=True)
+    for whole in (0, len(lines) // 2, len(lines) - 1):
+        sums.write_text("".join(lines[:whole]))
+        assert checkpoint.damage(step).startswith("SHA256SUMS does not name ")
+    # What an evaluation does not read does not stop it, nor what a file system leaves behind.
+    sums.write_text("".join(line for line in lines if "  train/" not in line))
+    assert checkpoint.damage(step, ("params", "data", "config")) is None
+    sums.write_text("".join(lines))
+    (step / "params" / ".nfs0000001").write_text("")
+    assert checkpoint.damage(step) is None
+
+
+def test_a_step_is_on_the_disk_before_its_sums_say_so(run, monkeypatch):
+    step, done = run / "checkpoints" / "2", []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_ino), fsync(file))[1])
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(Path(new).name), replace(old, new))[1])
+    checkpoint.seal(step)
+    before = set(done[: done.index(checkpoint.SUMS)])
+    assert {path.stat().st_ino for path in files_of(step)} <= before
+    assert {path.stat().st_ino for path in step.rglob("*") if path.is_dir()} <= before
+    assert {folder.stat().st_ino for folder in (step, step.parent)} <= set(done[done.index(checkpoint.SUMS) :])
+
+
 # Orbax leaves futures behind when it fails, which complain when their event loop is gone.
 leaves_futures = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -367,6 +397,19 @@ def test_a_save_that_fails_is_told_once_and_the_next_one_works(fresh, tmp_path, 
         checkpoints.save(at(fresh, 3), TINY, {}, 0.9)
         checkpoints.wait()
     assert kept(tmp_path) == [1, 3]
+
+
+def test_what_failed_last_is_told_on_a_line_of_its_own(fresh, tmp_path, monkeypatch, capsys):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        free = shutil.disk_usage(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: free._replace(free=1000))
+            checkpoints.save(at(fresh, 1), TINY, {}, 0.9)
+        checkpoints.save(at(fresh, 2), TINY, {}, 0.9)
+    print("what follows")
+    *_, told, after = capsys.readouterr().out.splitlines()
+    assert "step 1 could not be saved" in told
+    assert after == "what follows"
 
 
 def begun(run, experiment):
@@ -495,6 +538,13 @@ def test_before_the_first_step_is_saved_anything_may_change(tmp_path):
         checkpoint.check_same(tmp_path, other)
 
 
+def test_without_config_json_the_newest_step_says_what_was_trained(run):
+    assert not (run / "config.json").exists()
+    checkpoint.check_same(run, TINY)
+    with pytest.raises(ValueError, match="steps: 9 there, 10 now"):
+        checkpoint.check_same(run, dataclasses.replace(TINY, steps=10))
+
+
 def test_other_photos_than_those_of_the_newest_step_are_refused(fresh, tmp_path):
     facts = {"source": "lfw", "people": 1200, "photos": 5000}
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -524,6 +574,46 @@ def test_a_run_directory_has_one_owner_and_a_kill_frees_it(tmp_path):
         pass
     with checkpoint.locked(run), checkpoint.locked(tmp_path / "runs" / "two"):
         pass
+
+
+def test_a_holder_that_ends_while_another_asks_was_not_killed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lock").write_text(f"7 on {socket.gethostname()}")
+    flock = fcntl.flock
+
+    def ends(file, how):
+        os.truncate(tmp_path / "lock", 0)  # as it does at its end, before the lock is free
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", ends)
+    with checkpoint.locked(tmp_path):
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()} on {socket.gethostname()}"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_system_without_locks_says_what_to_do(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with (
+        pytest.raises(OSError, match=rf"{tmp_path} cannot be locked \(Operation not supported\): .*another disk"),
+        checkpoint.locked(tmp_path),
+    ):
+        pass
+
+
+def test_a_full_disk_takes_no_name_and_the_lock_holds(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with (
+            checkpoint.locked(tmp_path),
+            pytest.raises(BlockingIOError, match="trained by process unknown"),
+            checkpoint.locked(tmp_path),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

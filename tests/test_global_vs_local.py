@@ -1,4 +1,4 @@
-"""What the comparison of global and local mining measures, and how sure it says to be; no training."""
+"""What the comparison of global and local mining trains and measures, and how sure it says to be."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from experiments import global_vs_local_mining as experiment
+from faceembed import config
 
 
 def photos(seed=0, people=9):
@@ -109,3 +110,57 @@ def test_the_table_and_the_figure_are_of_the_seeds_of_which_both_runs_are_there(
     assert "80.10 %" in printed
     assert "+4.90 [+3.63, +6.17]" in printed
     assert "8 photos a device" in experiment.figure(rows)
+
+
+@pytest.fixture
+def trainer(monkeypatch, noise_photos):
+    """Of a network that compiles in seconds, on photos of noise."""
+    from faceembed.data import pairs, sources
+
+    base = dataclasses.replace(
+        experiment.BASE,
+        preprocess=config.Preprocess(size=16),
+        encoder=config.ConvNet(widths=(4,), blocks=(1,), dim=8),
+    )
+    monkeypatch.setattr(experiment, "BASE", base)
+    monkeypatch.setattr(sources, "open_source", lambda *_, **__: noise_photos)
+    monkeypatch.setattr(pairs, "load_people", lambda *_, **__: noise_photos)
+    return experiment.Trainer(progress=False)
+
+
+def test_alone_means_that_each_device_mines_its_own_photos_and_the_gradients_are_averaged(trainer, monkeypatch):
+    import jax
+
+    from faceembed import losses
+
+    def flat(arm):
+        run = experiment.Run(each=8, arm=arm, seed=0, photos=2 * 8 * experiment.DEVICES)
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(trainer.variables(run)["params"])])
+
+    whole, alone = flat("global"), flat("local")
+
+    def device_by_device(emb, identity, *, groups, key, axis_name, **options):
+        return jax.lax.pmean(losses.triplet_loss(emb, identity, **options), axis_name)
+
+    monkeypatch.setattr(losses, "grouped_triplet_loss", device_by_device)
+    trainer.updates.clear()
+    expected = flat("local")
+    np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-5)
+    assert np.abs(whole - expected).max() > 1e-3
+
+
+def test_a_finished_run_counts_only_with_the_settings_of_the_one_that_is_wanted(tmp_path, monkeypatch):
+    run = experiment.Run(each=8, arm="local", seed=1)
+    path = tmp_path / f"{run.name}.json"
+    assert experiment.finished(path, run) is None
+    path.write_text(json.dumps({**experiment.settings(run), "auc": 0.8}))
+    assert experiment.finished(path, run)["auc"] == 0.8
+    # Of the same name:
+    with pytest.raises(ValueError, match=r"other settings:(?s:.*)\n  photos: 48128 there, 640 now\nMove it away"):
+        experiment.finished(path, dataclasses.replace(run, photos=640))
+    monkeypatch.setattr(experiment, "BASE", dataclasses.replace(experiment.BASE, augment=config.Augment()))
+    with pytest.raises(ValueError, match=r"settings:\n  experiment\.augment\.colour: 0\.2 there"):
+        experiment.finished(path, run)
+    path.write_text(json.dumps({**dataclasses.asdict(run), "auc": 0.8}))  # which says too little
+    with pytest.raises(ValueError, match=r"(?s)colour: None there, .*and \d\d more\nMove"):
+        experiment.finished(path, run)

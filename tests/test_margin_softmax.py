@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from functools import cache, partial
 
 import jax
@@ -536,3 +537,21 @@ def test_a_run_saves_divided_rows_goes_on_with_other_devices_and_evaluation_neve
     for name, kernel in kernels_of(states[-1]).items():
         assert len(kernel.addressable_shards) == 4
         np.testing.assert_allclose(kernel, final[name], rtol=1e-3, atol=1e-3 * np.abs(final[name]).max())
+
+
+def test_the_experiment_trains_its_losses_and_does_not_train_them_again(tmp_path, monkeypatch, noise_photos, capsys):
+    from experiments import margin_softmax as experiment
+
+    monkeypatch.setattr(loop, "open_data", lambda *_, **__: noise_photos)
+    monkeypatch.setattr(loop, "make_views", lambda _: lambda step, slot, images: images[:, :16, :16] / 127.5 - 1.0)
+    monkeypatch.setattr(experiment, "_BASE", EXPERIMENT)
+    monkeypatch.setattr(experiment, "LOSSES", {"arcface": experiment.LOSSES["arcface_gentle"]})
+    monkeypatch.setattr(sys, "argv", ["margin_softmax", "--seeds", "3", "--steps", "2", "--runs", str(tmp_path)])
+    experiment.main()
+    printed = capsys.readouterr().out
+    table = printed[printed.rindex("run ") :]
+    assert table.splitlines()[0].split() == ["run", "AUC", "low", "high", "loss", "effective", "rank"]
+    assert "arcface-3" in table
+    monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("it is trained already"))
+    experiment.main()
+    assert capsys.readouterr().out.strip() == table.strip()

@@ -112,7 +112,7 @@ def test_an_index_is_the_same_in_blocks_of_any_size_and_in_any_order(tmp_path, m
     (tmp_path / "a.idx").write_bytes(b"".join(b"%d\t%d\r\n" % (n, 4 * n) for n in number)[:-2])
     for block in (50, 1 << 22):
         monkeypatch.setattr(recordio, "_BLOCK", block)
-        found, offset = recordio.read_index(tmp_path / "a.idx", 12_008)
+        found, offset = recordio.read_index(tmp_path / "a.idx", 24_000)
         np.testing.assert_array_equal(found, np.arange(3000))
         np.testing.assert_array_equal(offset, 4 * np.arange(3000))
 
@@ -270,7 +270,7 @@ def test_a_photo_that_does_not_decode_is_named_with_its_byte(tmp_path):
     photos = opened(path, tmp_path)
     assert photos.read(0).shape == (32, 32, 3)
     with pytest.raises(
-        ValueError, match=r"0000000/00000002, the record at byte .* --archive .*train.rec.*--data.exclude"
+        ValueError, match=r"0000000/00000002, the record at byte .*--skip-bad-photos.* --archive .*train.rec"
     ):
         photos.read(1)
 
@@ -589,6 +589,25 @@ def test_no_length_that_is_stated_is_allocated(tmp_path, monkeypatch):
                 _, peak = tracemalloc.get_traced_memory()
                 tracemalloc.stop()
             assert peak < 800_000, (number, index)
+
+
+def test_an_index_of_more_lines_than_there_is_room_for_records_is_refused_before_it_is_parsed(tmp_path):
+    path = broken(tmp_path, stream(*[pack(0, b"some bytes!!")] * 20), b"0\t0\n" * 500_000)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"train\.idx, line 111: .* of 880 bytes has room for 110\. .*Move"):
+        recordio.open_records(path, progress=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
+
+
+def test_a_photo_of_more_pixels_than_a_set_has_is_refused_and_left_out_of_a_conversion(tmp_path):
+    people = [[jpeg(0), jpeg(1)], [jpeg(2, size=2049), jpeg(3)]]
+    path = write_set(tmp_path / "set" / "train.rec", people)
+    with pytest.raises(ValueError, match=r"0000001/00000003.*2049×2049 pixels, and 4,194,304 are the most"):
+        opened(path, tmp_path).read(2)
+    report = builders.prepare("insightface", archives=[path], data_dir=tmp_path / "data", progress=False)
+    assert kinds(report)["0000001/00000003"].startswith("corrupt image: left out (2049×2049 pixels")
 
 
 def test_a_record_of_many_parts_is_no_longer_than_a_writer_takes(tmp_path, monkeypatch):

@@ -423,11 +423,50 @@ def test_on_other_devices_a_run_goes_on_with_the_same_people_and_augmentations(
         np.testing.assert_allclose(found, wanted, rtol=1e-3, err_msg=name)
 
 
+def test_a_run_that_goes_on_remembers_the_photos_that_did_not_decode(noise_photos, tmp_path, monkeypatch):
+    """Also one that reads again: what was shown in its place goes on being shown."""
+    learn = np.flatnonzero(splits.split_of(noise_photos.people)[noise_photos.identity] == "train")
+    bad, good, stops, given = int(learn[5]), set(), [4, None], []
+
+    def read(index):
+        if index == bad:
+            assert not good, "it is not asked for again"
+            raise ValueError("it does not decode")
+        return noise_photos.read(index)
+
+    original = meshes.to_devices
+
+    def to_devices(batches, mesh):
+        until = stops.pop(0)
+        for number, batch in enumerate(original(batches, mesh), start=1):
+            if number == until:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(loop, "open_data", lambda *_, **__: dataclasses.replace(noise_photos, read=read))
+    monkeypatch.setattr(loop, "make_views", lambda _: lambda step, slot, images: images[:, :16, :16] / 127.5 - 1.0)
+    monkeypatch.setattr(meshes, "to_devices", to_devices)
+    monkeypatch.setattr(loop.evaluate, "final_report", lambda *_, bad_photos, **__: given.append(bad_photos))
+    experiment = dataclasses.replace(ELASTIC, steps=6)
+    with pytest.raises(interrupts.Stopped, match="at step 4;"):
+        loop.train(experiment, tmp_path / "run", devices=1, progress=False)
+    good.add(bad)
+    loop.train(experiment, tmp_path / "run", devices=1, progress=False)
+    assert given == [[str(noise_photos.keys[bad])]]
+
+
 def test_the_page_of_promises_names_tests_that_exist():
     text = (chaos.ROOT / "docs" / "reliability.md").read_text()
     file, met = "", 0
-    for found, prefix in re.findall(r"`(test_\w+\.py|…)::(test_\w+)…?`", text):
+    for found, name in re.findall(r"`(test_\w+\.py|…)::([^`]*)`", text):
         file = file if found == "…" else found
-        assert f"def {prefix}" in (chaos.ROOT / "tests" / file).read_text(), f"{file}::{prefix}"
+        assert re.search(rf"^def {name}\(", (chaos.ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
         met += 1
     assert met > 20
+    promises = [
+        line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| what", "| ---"))
+    ]
+    assert len(promises) > 10
+    for promise in promises:
+        assert "::test_" in promise.split(" | ")[-1], promise
+        assert not re.search(r"`test_\w+\.py`", promise), f"which test of the file: {promise}"

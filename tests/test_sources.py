@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 import types
 import typing
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,46 @@ def test_a_photo_spoilt_later_is_named(album, tmp_path):
     (album / "Zoe" / "1.png").write_bytes(b"spoilt")
     with pytest.raises(ValueError, match=r"1\.png no longer reads"):
         photos.read(2)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about a damaged EXIF block
+def test_whatever_is_damaged_in_an_image_ends_in_a_value_error_or_in_a_photo():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "made by a camera", 72.5
+    whole = []
+    for kind in ("JPEG", "PNG"):
+        file = io.BytesIO()
+        picture(0).save(file, kind, exif=exif)
+        whole.append(file.getvalue())
+    draw = np.random.default_rng(0)
+    outcomes = set()
+    for turn in range(2000):
+        data, in_exif = bytearray(whole[turn % 2]), turn % 4 < 2
+        # EXIF's own bytes are few, and its types and counts small numbers.
+        first, count, most = (data.find(b"MM"), 70, 16) if in_exif else (0, len(data), 256)
+        for place in first + draw.integers(0, count, draw.integers(1, 4)):
+            data[place] = draw.integers(0, most)
+        if in_exif and turn % 2:  # a PNG's chunk has a checksum, which would hide it all
+            at = data.find(b"eXIf")
+            end = at + 4 + int.from_bytes(data[at - 4 : at], "big")
+            data[end : end + 4] = zlib.crc32(data[at:end]).to_bytes(4, "big")
+        try:
+            assert sources.decode(bytes(data)).dtype == np.uint8
+            outcomes.add("photo")
+        except ValueError as error:
+            outcomes.add(type(error.__cause__).__name__)
+    # struct.error, of an orientation of another type, is called so.
+    assert outcomes >= {"photo", "error", "UnidentifiedImageError", "OSError"}
+
+
+def test_a_photo_is_refused_by_its_size_before_it_is_decoded(monkeypatch):
+    """As a camera takes it is fine: 50 megapixels."""
+    file = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(file, "PNG")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(ValueError, match="9000×9000 pixels, and 80,000,000 are the most; make it smaller"):
+        sources.decode(file.getvalue())
+    assert sources.MOST_PIXELS > 8192 * 6144
 
 
 def test_photos_stand_upright_and_in_colour():

@@ -321,14 +321,14 @@ def test_of_select_people_only_the_photos_in_pairs_are_kept_in_memory(noise_phot
         np.testing.assert_array_equal(select.crops[rows], expected)
 
 
-def test_insightfaces_rec_is_trained_on_as_it_is(tmp_path):
-    """Read as it is used, never whole; and the set that it is converted to has the same people in the same halves."""
+def insightfaces(folder):
+    """A .rec of 120 people with three photos each."""
     import io
 
     from PIL import Image
     from recordio_writer import write_set
 
-    from faceembed.data import builders, sources, splits, synthetic
+    from faceembed.data import synthetic
 
     people, photos = [], synthetic.render_all(1, 120, 3, 32).reshape(120, 3, 32, 32, 3)
     for person in photos:
@@ -336,7 +336,14 @@ def test_insightfaces_rec_is_trained_on_as_it_is(tmp_path):
         for file, pixels in zip(files, person, strict=True):
             Image.fromarray(pixels).save(file, "JPEG", quality=90)
         people.append([file.getvalue() for file in files])
-    rec = write_set(tmp_path / "set" / "train.rec", people)
+    return write_set(folder / "set" / "train.rec", people)
+
+
+def test_insightfaces_rec_is_trained_on_as_it_is(tmp_path):
+    """Read as it is used, never whole; and the set that it is converted to has the same people in the same halves."""
+    from faceembed.data import builders, sources, splits
+
+    rec = insightfaces(tmp_path)
     (tmp_path / "set" / "property").write_text("120,32,32\n")
     more = ("--data.source", f"insightface:{rec}", "--data.data-dir", str(tmp_path / "data"), "--data.memory-gb", "0")
     printed = finish(start(tmp_path / "run", *more, "--preprocess.template", "arcface", "--steps", "4"))
@@ -350,6 +357,52 @@ def test_insightfaces_rec_is_trained_on_as_it_is(tmp_path):
     options = {"data_dir": tmp_path / "data", "progress": False}
     here, there = (sources.open_source(source, **options) for source in (f"insightface:{rec}", "prepared:set"))
     np.testing.assert_array_equal(splits.split_of(here.people), splits.split_of(there.people))
+
+
+def test_photos_of_held_out_people_that_do_not_decode_are_named_and_left_out_of_what_is_compared(tmp_path):
+    """The file's records are spoilt in place: of a set of another size all people would be others."""
+    from faceembed import evaluate
+    from faceembed.data import recordio, sources
+
+    rec = insightfaces(tmp_path)
+    source, data_dir = f"insightface:{rec}", tmp_path / "data"
+    people_of = evaluate.split_photos(sources.open_source(source, data_dir=data_dir, progress=False))
+    spoilt = {part: str(photos.keys[4]) for part, photos in people_of.items()}
+    _, offset = recordio.read_index(rec.with_suffix(".idx"), rec.stat().st_size)
+    with open(rec, "r+b") as file:
+        for key in spoilt.values():
+            file.seek(offset[int(key.partition("/")[2])] + 32)  # after the heads of the record and of its photo
+            file.write(bytes(100))
+    held_out = [spoilt[part] for part in ("select", "calibrate", "report")]
+
+    more = (
+        "--data.source", source, "--data.data-dir", str(data_dir), "--preprocess.template", "arcface", "--steps", "4",
+    )  # fmt: skip
+    printed = finish(start(run := tmp_path / "run", *more))
+    told, trained = (
+        printed.index(text) for text in ("photos of held-out people that do not decode", "first step done")
+    )
+    assert told < trained, "and not days later"
+    for key in held_out:
+        assert f"\n  {source}: photo {key}, the record at byte " in printed
+    results = json.loads((run / "results.json").read_text())
+    assert results["left_out_photos"] == held_out
+    assert results["bad_photos"] == [spoilt["train"]]
+    assert (
+        f"3 photos of held-out people do not decode and are left out of what is compared: {', '.join(held_out)}"
+        in (run / "report.html").read_text()
+    )
+
+    people_of = evaluate.split_photos(sources.open_source(source, data_dir=data_dir, progress=False))
+    with pytest.raises(
+        ValueError, match=rf"(?s)3 photos of {source}, of people .*--skip-bad-photos 2:.*{'.*'.join(held_out)}"
+    ):
+        evaluate.leave_out_bad(people_of, 2, progress=False)
+    tested, left_out = evaluate.leave_out_bad(people_of, 3, progress=False)
+    assert left_out == held_out
+    for part, photos in tested.items():
+        expected = [key for key in people_of[part].keys.tolist() if key not in held_out]
+        assert photos.keys.tolist() == expected
 
 
 # ---- the checkpoint in use ---------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ class Options:
     skip_bad_steps: int = 20
     """Updates that are not finite are not applied; more than this many of them end the run."""
     skip_bad_photos: int = 10
-    """Photos of training people that do not decode are replaced by others of the person; more than so many end the run."""
+    """Photos of training people that do not decode are replaced by others of the person, those of held-out people are left
+    out of what is compared; more than so many of either end the run."""
     deterministic: bool = False
     """On GPUs: the same bits each time, with slower operations. A CPU gives them anyway."""
     profile: str | None = None

@@ -12,12 +12,14 @@ A set is built beside its place and moved there when it is complete.
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
-import os
+import secrets
 import shlex
 import shutil
+import socket
 import sys
 import tarfile
 import time
@@ -162,36 +164,33 @@ def prepare(
         square = CELEBA_FRAMES[frame]
 
     data_dir.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(data_dir, name)
-    workshop = data_dir / f".{name}.{os.getpid()}.part"
     try:
-        gathered = _Gathered(photos)
-        builder = BUILDERS[name](photos=gathered, data_dir=workshop, version=VERSION)
-        # One bar, ours, on stderr; TFDS would add four and a banner.
-        tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(
-                file_format="array_record",
-                download_config=tfds.download.DownloadConfig(compute_stats="skip", try_download_gcs=False),
-            )
-        built = workshop / name
-        present = collections.Counter(gathered.owners)
-        problems += [
-            Problem(path=f"{name}/{person}", reason=f"incomplete: {present[person]} of {count} photos listed")
-            for person, count in promised.items()
-            if present[person] != count
-        ]
-        _write_index(built, gathered, problems, square, name)
-        for path in lists:
-            shutil.copyfile(path, built / path.name)
-        _swap(built, target, workshop / "replaced")
+        with _workshop(data_dir, name) as workshop:
+            gathered = _Gathered(photos)
+            builder = BUILDERS[name](photos=gathered, data_dir=workshop, version=VERSION)
+            # One bar, ours, on stderr; TFDS would add four and a banner.
+            tfds.disable_progress_bar()
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare(
+                    file_format="array_record",
+                    download_config=tfds.download.DownloadConfig(compute_stats="skip", try_download_gcs=False),
+                )
+            built = workshop / name
+            present = collections.Counter(gathered.owners)
+            problems += [
+                Problem(path=f"{name}/{person}", reason=f"incomplete: {present[person]} of {count} photos listed")
+                for person, count in promised.items()
+                if present[person] != count
+            ]
+            _write_index(built, gathered, problems, square, name)
+            for path in lists:
+                shutil.copyfile(path, built / path.name)
+            _swap(built, target, workshop / "replaced")
     except DamagedArchive as error:
         if archives:
             raise
         error.path.unlink()
         raise DamagedArchive(f"{error} {_AGAIN}", error.path) from error
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
     return _built(name, target, len(set(gathered.owners)), len(gathered.keys), problems, began)
 
 
@@ -222,16 +221,27 @@ def _swap(built: Path, target: Path, aside: Path) -> None:
         raise
 
 
-def _remove_abandoned(data_dir: Path, name: str) -> None:
-    """Removes what a killed preparation left; one that still runs is left alone."""
-    for workshop in data_dir.glob(f".{name}.*.part"):
-        process = workshop.name.split(".")[-2]
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            shutil.rmtree(workshop, ignore_errors=True)
-        except (PermissionError, ValueError):
-            continue
+@contextlib.contextmanager
+def _workshop(data_dir: Path, name: str) -> Iterator[Path]:
+    """A folder to build a set in, removed at the end; those that killed preparations left are removed first.
+
+    Whoever builds holds a lock in it, which goes with the process, however that ends. Hosts share a data directory, and in
+    containers all processes have the same number: neither tells who is still at work.
+    """
+    for left in data_dir.glob(f".{name}.*.part"):
+        # OSError: it is held, or the file system has no locks; then nobody can tell.
+        with contextlib.suppress(OSError), open(left / "lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    workshop = data_dir / f".{name}.{socket.gethostname()}.{secrets.token_hex(4)}.part"
+    workshop.mkdir()
+    try:
+        with open(workshop / "lock", "a") as lock:
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield workshop
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
 
 
 def read_identities(path: Path) -> dict[str, str]:
@@ -266,7 +276,7 @@ def download(url: str, folder: Path, flag: str, *, progress: bool = True) -> Pat
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{name}.{os.getpid()}.part"
+    part = folder / f".{name}.{secrets.token_hex(4)}.part"
     digest, size = hashlib.sha256(), 0
     try:
         with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as file:
@@ -450,15 +460,13 @@ def _prepare_insightface(
         raise FileExistsError(f"{source} is prepared already in {target}. To build it anew, add --overwrite.")
     records = recordio.open_records(path, cache=data_dir / "records", progress=progress)
     data_dir.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(data_dir, name)
-    if shutil.disk_usage(data_dir).free < records.file.size:
-        raise OSError(
-            f"{data_dir} has {shutil.disk_usage(data_dir).free / 1e9:.1f} GB left, and the set needs about "
-            f"{records.file.size / 1e9:.1f}. Make room, or name another place with --data-dir."
-        )
-    workshop = data_dir / f".{name}.{os.getpid()}.part"
     problems = list(records.problems)
-    try:
+    with _workshop(data_dir, name) as workshop:
+        if shutil.disk_usage(data_dir).free < records.file.size:
+            raise OSError(
+                f"{data_dir} has {shutil.disk_usage(data_dir).free / 1e9:.1f} GB left, and the set needs about "
+                f"{records.file.size / 1e9:.1f}. Make room, or name another place with --data-dir."
+            )
         info = InsightFace(data_dir=workshop, version=VERSION, file_format="array_record").info
         Path(info.data_dir).mkdir(parents=True)
         writer = tfds.core.SequentialWriter(info, max_examples_per_shard=SHARD, file_format="array_record")
@@ -484,8 +492,6 @@ def _prepare_insightface(
         built = workshop / "insightface"
         _save_index(built, index, about, problems)
         _swap(built, target, workshop / "replaced")
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
     return _built(source, target, len(people), len(kept), problems, began)
 
 
@@ -528,7 +534,7 @@ class _Stream:
         """(encoded photo, its SHA-256, why it is left out or None)."""
         try:
             own, data = self._records.photo(index)
-            photo = sources.decode(data)
+            photo = sources.decode(data, most=sources.MOST_IN_RECORD)
         except ValueError as error:
             return b"", b"", f"corrupt image: left out ({error})"
         if own != self._records.label[index]:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -73,11 +73,8 @@ class StandIns:
             text or f"{self._photos.keys[index]}: failed under an earlier command" for index, text in found.items()
         ]
         allowed = f", more than --skip-bad-photos {self._limit}" if self._limit else ""
-        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
         raise ValueError(
-            f"{len(lines)} of {len(self._photos)} photos of {self._photos.source} do not decode{allowed}:\n  "
-            + "\n  ".join(lines[:10])
-            + more
+            f"{len(lines)} of {len(self._photos)} photos of {self._photos.source} do not decode{allowed}:{listed(lines)}"
         )
 
     def news(self, step: int) -> list[tuple[int, str]]:
@@ -97,6 +94,12 @@ class StandIns:
         """Keys of all that failed and were needed for a batch before `step`; what `known` takes."""
         with self._lock:
             return [str(self._photos.keys[index]) for index in sorted(self._why) if self._step[index] < step]
+
+
+def listed(lines: Sequence[str]) -> str:
+    """The first ten, each on a line of its own, and how many more there are."""
+    more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+    return "".join(f"\n  {line}" for line in [*lines[:10], *more])
 
 
 def batches(
@@ -196,13 +199,35 @@ def decode_all(
             return str(error)
         return None
 
-    with concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
-        outcomes = pool.map(fill, range(len(photos)))
-        watched = sources.progress_bar(outcomes, len(photos), "decoding", shown=progress)
-        failures = {index: why for index, why in enumerate(watched) if why}
-    if failures:
+    if failures := _tried(fill, len(photos), "decoding", progress, threads):
         stand_ins.failed(failures, step)
     return crops
+
+
+def undecodable(photos: sources.Photos, *, progress: bool = True) -> dict[str, str]:
+    """Key → what is wrong, of the photos that do not decode; of the others nothing is kept."""
+
+    def read(index: int) -> str | None:
+        try:
+            photos.read(index)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
+
+    return {
+        str(photos.keys[index]): why for index, why in _tried(read, len(photos), "checking photos", progress).items()
+    }
+
+
+def _tried(
+    one: Callable[[int], str | None], count: int, what: str, progress: bool, threads: int | None = None
+) -> dict[int, str]:
+    """What went wrong, by photo, where `one` does something with each in threads and says what."""
+    with concurrent.futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
+        outcomes = pool.map(one, range(count))
+        return {
+            index: why for index, why in enumerate(sources.progress_bar(outcomes, count, what, shown=progress)) if why
+        }
 
 
 def _crop(photos: sources.Photos, index: int, size: int, margin: float) -> np.ndarray:

@@ -271,11 +271,17 @@ def read_index(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     again = f"Move {path.name} away: it is made anew from the .rec, in memory"
     parts, lines, rest = [], 1, b""
+    most = min(MOST_RECORDS, size // 8)
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
             text = rest + block
             cut = text.rfind(b"\n") + 1
             text, rest = text[:cut].replace(b"\r\n", b"\n"), text[cut:]
+            if lines - 1 + text.count(b"\n") > most:
+                raise ValueError(
+                    f"{path}, line {most + 1}: a record is named in each line, and the .rec of {size:,} bytes has room for "
+                    f"{most:,}. Is it cut off, or this another set's index? {again}."
+                )
             parts.append(_parse(text, path, lines, again))
             lines += len(parts[-1])
             if len(rest) > 100:
@@ -657,12 +663,12 @@ def open_photos(source: str, data_dir: Path, *, progress: bool = True) -> Photos
 
     def read(index: int) -> np.ndarray:
         try:
-            return sources.decode(records.photo(index)[1])
+            return sources.decode(records.photo(index)[1], most=sources.MOST_IN_RECORD)
         except ValueError as error:
             raise ValueError(
                 f"{source}: photo {keys[index]}, the record at byte {records.offset[index]:,}, does not decode ({error}). "
-                "Convert the set, which leaves such photos out: python launch.py data prepare insightface --archive "
-                f"{path}; or train without it: a line {keys[index]} in FILE, --data.exclude FILE."
+                "A training passes over as many as --skip-bad-photos allows. To have a set without them, before a training "
+                f"is begun: python launch.py data prepare insightface --archive {path}."
             ) from error
 
     return Photos(

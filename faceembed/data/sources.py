@@ -38,6 +38,13 @@ UNFRAMED = ("folder:", "csv:")
 CARD, JOURNAL = "align.json", "align.jsonl"
 """In a folder that `launch.py align` wrote: its settings and counts; what was found in each photo."""
 
+MOST_PIXELS = 80_000_000
+"""Of a photo as a camera took it; to decode so many takes about a gigabyte."""
+
+MOST_IN_RECORD = 2048 * 2048
+"""Pixels of a photo in a training set's record or in a list for verification, which holds crops of a hundred or some
+hundreds of pixels: many threads decode them at once, and whoever made the file can make a few bytes stand for any size."""
+
 _CHUNK = 2**16
 """Keys handled at once: Python's strings take several times the memory of an array's."""
 
@@ -245,20 +252,28 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("FACEEMBED_DATA") or "~/.cache/faceembed/data").expanduser()
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, *, most: int = MOST_PIXELS) -> np.ndarray:
     """An encoded image as uint8 RGB [h, w, 3], turned upright as its EXIF orientation says.
 
+    Args:
+      data: the bytes of a file.
+      most: pixels; a larger image is refused before memory is taken for it.
+
     Raises:
-      ValueError: if the bytes are no image, or one that is corrupt or cut off.
+      ValueError: if the bytes are no image, or one that is corrupt, cut off or too large.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > most:
+                raise ValueError(f"{image.width}×{image.height} pixels, and {most:,} are the most; make it smaller")
             if image.mode[0] in "IF":
                 # Pillow would clip it to white instead of scaling it.
                 raise ValueError(f"{image.mode} pixels of more than 8 bits; save it as 8-bit RGB")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    # Pillow's decoders raise all of these on damaged files.
-    except (OSError, ValueError, SyntaxError, TypeError, ArithmeticError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise  # the machine's trouble: of an image of so few pixels it says nothing
+    # On damaged files Pillow raises all kinds, of every module that it reads with: struct.error, zlib.error, …
+    except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 

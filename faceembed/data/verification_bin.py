@@ -349,7 +349,7 @@ def read_bin(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     def read(index: int) -> np.ndarray:
         at = int(where[index])
         try:
-            return sources.decode(images[at])
+            return sources.decode(images[at], most=sources.MOST_IN_RECORD)
         except ValueError as error:
             raise ValueError(f"{path}: image {at} (of pair {at // 2}) does not decode: {error}.") from error
 

@@ -64,8 +64,8 @@ def train(
       devices: how many devices the batch is divided over; None takes all.
       shard_optimizer: divide the optimizer's state and the averages over the devices, see `mesh.state_sharding`.
       skip_bad_steps: more updates than this that are not finite end the run with an error.
-      skip_bad_photos: photos of training people that do not decode any more are replaced by others of the person; more of
-        them than this end the run with an error.
+      skip_bad_photos: photos of training people that do not decode any more are replaced by others of the person, those of
+        held-out people are left out of what is compared; more than this of either end the run with an error.
       profile: (first, last) update to trace with JAX's profiler, into RUN/profile.
       wandb: project on Weights & Biases to log to, too.
       command: what was typed, for the report.
@@ -133,12 +133,14 @@ def train(
         origin = open_origin(experiment, shapes) if experiment.init and not checkpoint.started(run) else None
 
         # ---- data: photos, people split once, the P×K plan ---------------------------------------------------------
-        photos = open_data(experiment.data, size=pre.size, seed=experiment.seed, progress=progress)
-        photos = crops.framed_for(photos, pre)
+        opened = open_data(experiment.data, size=pre.size, seed=experiment.seed, progress=progress)
+        photos = crops.framed_for(opened, pre)
         for line in sources.problem_lines(photos):
             print(line)
-        people_of = evaluate.split_photos(photos)
-        learn = people_of["train"]
+        people_of = evaluate.split_photos(opened)
+        learn = crops.framed_for(people_of["train"], pre)
+        # Also of those people whom only the report at the end compares: it may come days later.
+        tested = evaluate.leave_out_bad(people_of, skip_bad_photos, progress=progress)[0] if leads else people_of
         everything = len(learn)
         learn, content = leave_out(sources.named(lines, photos, exclude or ""), photos, learn)
         if exclude:
@@ -146,8 +148,8 @@ def train(
         sampler = sampling.make_sampler(
             learn.identity, people=batch.people, photos=batch.photos, seed=experiment.seed, singletons=batch.singletons
         )
-        select = _Select.read(people_of["select"], pre, progress) if leads else None
-        chosen = len(people_of["select"].people)
+        select = _Select.read(crops.framed_for(tested["select"], pre), pre, progress) if leads else None
+        chosen = len(tested["select"].people)
         hashes = [evaluate.person_hash(person) for person in learn.people]
         about: dict[str, Any] = {
             "source": photos.source,
@@ -291,7 +293,9 @@ def train(
         if not leads:
             return None
         bad = stand_ins.keys(experiment.steps)  # the last save brought those of all processes together
-        return evaluate.final_report(run, people_of, bad_photos=bad, progress=progress, command=command)
+        return evaluate.final_report(
+            run, people_of, bad_photos=bad, skip_bad_photos=skip_bad_photos, progress=progress, command=command
+        )
 
 
 def open_origin(experiment: config.Experiment, shapes: Any) -> embed.Embedder:
