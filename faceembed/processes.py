@@ -234,6 +234,10 @@ class _Line:
         self._socket = connection
         self._read = b""
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Nothing is said for days: a firewall would forget the line, and a host that is cut off would never be missed.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, HEARTBEAT_SECONDS)
 
     def send(self, message: dict[str, Any]) -> None:
         """Sends, or does nothing where nobody listens any more: who does not is found out by reading."""
@@ -253,6 +257,8 @@ class _Line:
             try:
                 data = self._socket.recv(1 << 16)
             except TimeoutError:
+                if until is None:
+                    return None  # the line itself, not the time to wait
                 raise
             except OSError:
                 return None

@@ -33,7 +33,7 @@ ALLOWED = {
         "data", "embed", "identification", "mesh", "metrics", "page", "plots", "preprocess", "report", "uncertainty",
     },
     "training.diagnostics": set(),
-    "training.interrupts": set(),
+    "training.interrupts": {"processes"},
     "training.logs": {"report"},
     "training.transfer": {"encoders"},
     "training.chunks": {"mesh"},

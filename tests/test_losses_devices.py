@@ -158,7 +158,7 @@ def marked(spread):
     return spread if quick else pytest.param(spread, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("spread", map(marked, SPREADS))
+@pytest.mark.parametrize("spread", [marked(spread) for spread in SPREADS])
 def test_any_spread_of_the_batch_gives_the_same_value_metrics_and_gradient(spread):
     with jax.enable_x64(True):
         run = SPREADS[spread]()
