@@ -158,8 +158,8 @@ def run(*, quick: bool = False) -> list[dict[str, Any]]:
         for sample in (1.0, 0.1)
     ]
     rows += [
-        {"table": "loss and gradient alone"} | harness.fresh(compiled, million, devices, batch, sample)
-        for batch in ((64,) if quick else (64, 1024))
+        {"table": "loss and gradient alone"} | harness.fresh(compiled, classes, devices, batch, sample)
+        for classes, batch in (((30_000, 64),) if quick else ((million, 64), (million, 1024)))
         for sample in (1.0, 0.1)
     ]
     beside = harness.fresh(beside_plain, some, devices, repeats)
