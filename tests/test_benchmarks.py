@@ -355,6 +355,7 @@ def test_simulated_people_have_a_long_tail_and_are_planned_and_split(monkeypatch
     assert way[-1]["file MB"] == pytest.approx(0.85 * 2000 * 16 / 1e6, rel=0.03)
 
 
+@pytest.mark.slow
 def test_class_weights_are_divided_over_devices_and_held_against_all_rows_on_each(monkeypatch):
     monkeypatch.setattr(harness, "fresh", lambda function, *args: function(*args))
     monkeypatch.setattr(margin_softmax, "start", lambda devices: None)

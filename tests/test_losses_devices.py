@@ -154,7 +154,7 @@ def on_one_device():
 
 def marked(spread):
     """Each transformation at once on some number of devices; the other numbers are long checks."""
-    quick = spread in ("jit on 2", "jit on 8", "shard_map on 2", "pmap on 8") or "," in spread
+    quick = spread in ("jit on 8", "shard_map on 2", "pmap on 8") or "," in spread
     return spread if quick else pytest.param(spread, marks=pytest.mark.slow)
 
 

@@ -76,7 +76,7 @@ def replace(experiment, **changes):
     return dataclasses.replace(experiment, **changes)
 
 
-@pytest.mark.parametrize("loss", ["triplet", "pair_logistic", "arcface"])
+@pytest.mark.parametrize("loss", ["triplet", pytest.param("pair_logistic", marks=pytest.mark.slow), "arcface"])
 def test_eight_devices_take_the_steps_of_one_float32(loss):
     experiment = replace(TINY, loss=config.CHOICES["loss"][loss])
     one, one_state = trajectory(experiment, 1)

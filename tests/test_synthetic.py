@@ -328,6 +328,7 @@ def test_bad_arguments_are_answered_with_what_to_type(call, message):
         call()
 
 
+@pytest.mark.slow
 def test_no_trivial_method_tells_strangers_apart():
     table = baselines.run(people=240, photos=4, size=SIZE, seed=0)
     assert len(table) == 5

@@ -95,6 +95,7 @@ def test_a_known_tail_is_met_a_hundred_times_beyond_what_was_seen():
     assert 2e-5 < realised < 1e-3
 
 
+@pytest.mark.slow
 def test_resampled_thresholds_hold_the_true_one():
     true = -np.log(1 - (1 - 1e-3) ** (1 / 20))
     inside = 0

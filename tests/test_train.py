@@ -141,6 +141,7 @@ def test_a_profile_of_some_updates_is_left_in_the_run_directory(whole):
     assert b"update" in trace.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_training_that_is_never_finite_stops_and_names_the_last_good_checkpoint(tmp_path):
     run = tmp_path / "run"
     wild = ("--schedule.learning-rate", "1e30", "--schedule.warmup", "0", "--schedule.clip-norm", "1e30")
@@ -263,6 +264,7 @@ def test_eight_devices_save_and_one_goes_on(whole, tmp_path):
         assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_that_started_from_another_goes_on_after_that_one_is_gone(whole, tmp_path):
     """The first network's people and facts are in the checkpoint: nothing is asked of the first network again."""
     origin, run = tmp_path / "origin", tmp_path / "run"
@@ -339,6 +341,7 @@ def insightfaces(folder):
     return write_set(folder / "set" / "train.rec", people)
 
 
+@pytest.mark.slow
 def test_insightfaces_rec_is_trained_on_as_it_is(tmp_path):
     """Read as it is used, never whole; and the set that it is converted to has the same people in the same halves."""
     from faceembed.data import builders, sources, splits
