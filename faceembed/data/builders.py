@@ -234,11 +234,13 @@ def _workshop(data_dir: Path, name: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
     workshop = data_dir / f".{name}.{socket.gethostname()}.{secrets.token_hex(4)}.part"
-    workshop.mkdir()
+    unlocked = workshop.with_suffix(".new")  # by a name that nobody looks for until the lock is held
+    unlocked.mkdir()
     try:
-        with open(workshop / "lock", "a") as lock:
+        with open(unlocked / "lock", "a") as lock:
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unlocked.rename(workshop)
             yield workshop
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
