@@ -49,7 +49,7 @@ def experiment(folder, **changes):
 TRAINS = """
 import contextlib, dataclasses, io, json, os, signal, sys, threading
 from pathlib import Path
-from faceembed import config, evaluate, processes
+from faceembed import checkpoint, config, evaluate, processes
 from faceembed.data import pipeline
 
 # What Python says, and not what XLA's collectives write to the same descriptor, from several threads at once.
@@ -96,12 +96,19 @@ with processes.joined(**place) if int(port) else contextlib.nullcontext():
     own = folder / f"own{process}"  # of its photos, those of process 1 lack one
     os.chdir(own)
     here = dataclasses.replace(about, data=config.Data(source="folder:photos", data_dir=str(own), memory_gb=0))
+
+    def other_listing():  # what process 1's host remembers of the directory is older
+        if process:
+            checkpoint.Checkpoints.latest = property(lambda _: 10)
+        loop.train(about, folder / "runs" / "fresh", progress=False)
+
     for what, check in {
         "own directory": lambda: loop.train(about, Path("own")),
         "other photos": lambda: loop.train(here, folder / "runs" / "other", progress=False),
         "other flags": lambda: loop.train(config.Experiment(steps=5 + process), folder / "runs" / "other"),
         "other devices": lambda: loop.train(about, folder / "runs" / "other", shard_optimizer=bool(process)),
         "other facts": lambda: processes.require_same("facts", {"a": {"photos": 7 + process}, "b": 1}),
+        "other checkpoints": other_listing,
     }.items() if name == "two" else ():
         try:
             check()
@@ -355,6 +362,7 @@ def test_processes_that_were_started_differently_are_refused_by_all(trained):
     assert "the same photos:\n  photos is " in one["other photos"]
     assert "\n  fingerprint is " in one["other photos"]
     assert "the same flags:\n  shard_optimizer is True in process 1, False in process 0\n" in one["other devices"]
+    assert "the same checkpoints:\n  step is 10 in process 1, 20 in process 0\n" in one["other checkpoints"]
     assert "the same facts:\n  a.photos is 8 in process 1, 7 in process 0\nStart all" in one["other facts"]
     assert "the same flags:\n  steps is 6 in process 1, 5 in process 0\n" in one["other flags"]
 
