@@ -164,7 +164,7 @@ def measure(emb: np.ndarray, identity: np.ndarray) -> Measured:
       identity: [n] int, 0 to m - 1.
     """
     first, second = np.triu_indices(len(emb), 1)
-    score = (emb @ emb.T)[first, second]
+    score = (emb @ emb.T)[first, second].astype(np.float64)  # float32 scores have float32 ranks in newer SciPy
     same = identity[first] == identity[second]
     genuine, impostor = score[same], score[~same]
     people = int(identity.max()) + 1

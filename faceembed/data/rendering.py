@@ -319,7 +319,7 @@ def _trace_hair(
         outer, outer_gap, inner, inner_gap, least = carry
         here = HAIR_FRONT - (i + 1.0) * HAIR_STRIDE
         now = gap(jnp.full_like(outer, here))
-        still, found = outer_gap > 0.0, inner_gap < 0.0
+        still, found = outer_gap > 0.0, inner_gap <= 0.0
         inner, inner_gap = jnp.where(found, inner, here), jnp.where(found, inner_gap, now)
         advance = ~found & (now > 0.0) & still
         return (
@@ -347,7 +347,7 @@ def _trace_hair(
 
     outer, outer_gap, inner, inner_gap = jax.lax.fori_loop(0, 2, refine, (outer, outer_gap, inner, inner_gap))
     share = jnp.clip(outer_gap / (outer_gap - inner_gap + 1e-6), 0.0, 1.0)
-    depth = jnp.where(inner_gap < 0.0, outer + (inner - outer) * share, 0.0)
+    depth = jnp.where(inner_gap <= 0.0, outer + (inner - outer) * share, 0.0)
     x, y, z, _ = _direction(view, depth)
 
     # Strands run from the crown like meridians; curls break them up.

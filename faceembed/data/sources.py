@@ -668,8 +668,8 @@ def _synthetic(
         read=read,
         square=None,
         problems=(),
-        # 2: the renderer; a run goes on only with the faces that it began with.
-        fingerprint=fingerprint_of(keys, names, f"synthetic 2 {seed} {size}"),
+        # 3: the renderer; a run goes on only with the faces that it began with.
+        fingerprint=fingerprint_of(keys, names, f"synthetic 3 {seed} {size}"),
     )
 
 
