@@ -23,9 +23,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 TINY = (
-    "quickstart", "--data.people", "120", "--data.photos", "4", "--preprocess.size", "16", "--encoder.widths", "4", "8",
-    "--encoder.blocks", "1", "1", "--encoder.dim", "16", "--batch.people", "8", "--checkpoint.log", "5", "--no-progress",
+    "quickstart", "--preprocess.size", "16", "--encoder.widths", "4", "8", "--encoder.blocks", "1", "1",
+    "--encoder.dim", "16", "--batch.people", "8", "--checkpoint.log", "5", "--no-progress",
 )  # fmt: skip
+DATA = ("--data.people", "120", "--data.photos", "4")
+XLA = ""
+"""XLA_FLAGS of the processes; two runs that are compared need the same."""
 EVERY = 6
 CLOCKS = ("images_per_s", "host_memory_gb")
 """Fields of the log that no two runs share."""
@@ -48,13 +51,13 @@ class Kill:
 def command(run: Path, steps: int, *more: str) -> list[str]:
     """The command that is given again and again."""
     flags = ["--steps", str(steps), "--checkpoint.every", str(EVERY), "--run-dir", str(run), *more]
-    return [sys.executable, "launch.py", "train", *TINY, *flags]
+    return [sys.executable, "launch.py", "train", *TINY, *DATA, *flags]
 
 
 def environment(cache: Path) -> dict[str, str]:
     """One device, and compiled programs in a folder, so that only the first start compiles."""
     variables = {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA, "PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
     return os.environ | variables

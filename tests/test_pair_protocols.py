@@ -1,5 +1,6 @@
 """All pairs, hard pairs, missing photos, slices; and `verify` with each of them."""
 
+import dataclasses
 import json
 import typing
 from pathlib import Path
@@ -289,6 +290,44 @@ def test_missing_photos_end_verify_unless_they_may_be_missing(album, verify, cap
     assert got["lost"] == [1, 0]
     assert got["results"]["n_genuine"] == 40
     assert "1 genuine and 0 impostor pairs were left out" in capsys.readouterr().out
+
+    # And one that is cut off: it is there, and does not decode.
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((album / "p051" / "0.png").read_bytes()[:200])
+    (tmp_path / "list.csv").write_text("\n".join([*lines, f"{broken},{album}/p052/1.png,0,1"]) + "\n")
+    (tmp_path / "whole.csv").write_text("\n".join([*lines[:-1], f"{broken},{album}/p052/1.png,0,1"]) + "\n")
+    with pytest.raises(
+        ValueError, match=r"(?s)1 of \d+ photos .* do not decode:.*broken\.png.*without them.*--allow-missing"
+    ):
+        verify("--pairs", f"csv:{tmp_path / 'whole.csv'}")
+    left = verify("--pairs", f"csv:{tmp_path / 'list.csv'}", "--allow-missing")
+    assert left["lost"] == [1, 1]
+    assert left["results"]["heads"] == got["results"]["heads"]
+    told = capsys.readouterr().out
+    assert f"do not decode, and are left out:\n  {broken}" in told
+    assert "1 genuine and 1 impostor pairs were left out" in told
+
+
+def test_a_broken_photo_is_left_out_of_all_pairs_where_it_may_be(album, verify, capsys, monkeypatch):
+    load_people = pairs.load_people
+
+    def with_a_broken_one(spec, **options):
+        photos = load_people(spec, **options)
+
+        def read(index):
+            if index == 5:
+                raise ValueError(f"{photos.keys[5]} is broken")
+            return photos.read(index)
+
+        return dataclasses.replace(photos, read=read)
+
+    monkeypatch.setattr(pairs, "load_people", with_a_broken_one)
+    asked = ("--pairs", f"all:heldout:folder:{album}", "--heads", "threshold")
+    with pytest.raises(ValueError, match="(?s)do not decode:.*/2.png is broken.*--allow-missing"):
+        verify(*asked)
+    got = verify(*asked, "--allow-missing")["all_pairs"]
+    assert (got["n_images"], got["n_genuine"]) == (3 * got["n_people"] - 1, 3 * got["n_people"] - 2)
+    assert "1 photos of " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

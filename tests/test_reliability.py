@@ -71,9 +71,12 @@ def wait_until(process, log, true, what):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(tmp_path_factory, faces):
     folder = tmp_path_factory.mktemp("chaos")
-    return Lab(folder, *chaos.uninterrupted(folder, STEPS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chaos, "DATA", faces)
+        patch.setattr(chaos, "XLA", os.environ["FACEEMBED_TEST_XLA"])
+        yield Lab(folder, *chaos.uninterrupted(folder, STEPS))
 
 
 def differences(lab, run):

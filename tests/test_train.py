@@ -20,10 +20,17 @@ from tests.conftest import xla_flags
 ROOT = Path(__file__).parents[1]
 STEPS = 16
 TINY = (
-    "quickstart", "--data.people", "120", "--data.photos", "4", "--preprocess.size", "32", "--encoder.widths", "4", "8",
-    "--encoder.blocks", "1", "1", "--encoder.dim", "16", "--batch.people", "8", "--steps", str(STEPS),
-    "--checkpoint.every", "4", "--checkpoint.log", "3", "--no-progress",
+    "quickstart", "--preprocess.size", "32", "--encoder.widths", "4", "8", "--encoder.blocks", "1", "1",
+    "--encoder.dim", "16", "--batch.people", "8", "--steps", str(STEPS), "--checkpoint.every", "4", "--checkpoint.log", "3",
+    "--no-progress",
 )  # fmt: skip
+DATA = []
+"""Flags that name the photos."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data(faces):
+    DATA[:] = faces
 
 
 def environment(devices=1):
@@ -36,7 +43,7 @@ def environment(devices=1):
 
 
 def start(run, *more, devices=1, **variables):
-    command = [sys.executable, "launch.py", "train", *TINY, "--run-dir", str(run), *more]
+    command = [sys.executable, "launch.py", "train", *TINY, *DATA, "--run-dir", str(run), *more]
     return subprocess.Popen(
         command, cwd=ROOT, env={**environment(devices), **variables}, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -178,8 +185,11 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(whole, tmp_path
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (run / "results.json").exists(), "the kill came too late to mean anything"
-    printed = finish(start(run))
+    (run / "profile").touch()  # where a folder is to be made; and a profile is not worth a training
+    printed = finish(start(run, "--profile", "15:15"))
     assert "going on from step" in printed
+    assert "profile of updates 15 to 15: not written, and the training goes on: " in printed
+    assert "is not a directory" in printed
     expected, got = state_of(whole[0], STEPS), state_of(run, STEPS)
     assert expected.keys() == got.keys()
     for name, array in expected.items():

@@ -50,7 +50,7 @@ class Options:
     clusters: int = 0
     """Error rates within so many clusters of photos that look alike to the encoder."""
     allow_missing: bool = False
-    """Leave out pairs of photos that are not there, and say how many, instead of ending."""
+    """Leave out photos that are not there or do not decode, and their pairs, and say how many, instead of ending."""
     allow_shared: bool = False
     """Go on, with a warning, where tested people are among those that heads are fitted on, or folds share people."""
     parity: bool = False
@@ -77,6 +77,7 @@ def run(arguments: list[str]) -> None:
     """See the module."""
     options = tyro.cli(Options, args=arguments, prog="launch.py verify")
     from faceembed import report
+    from faceembed.data import pipeline
     from faceembed.verification import HEADS
     from faceembed.verification.heads import named
 
@@ -106,8 +107,15 @@ def run(arguments: list[str]) -> None:
     if options.pairs == "lfw:view2":
         _refuse_lfw(embedder)
     test, fit = _framed(test, embedder), fit and _framed(fit, embedder)
+    if options.allow_missing:
+        test, fit = _decodable(test, options), fit and _decodable(fit, options)
     do = _everyone if everyone else _pairs
-    content, page_of = do(embedder, test, fit, heads, fit_spec, options)
+    try:
+        content, page_of = do(embedder, test, fit, heads, fit_spec, options)
+    except pipeline.Undecodable as error:
+        raise ValueError(
+            f"{error}\nBring them back; or go on without them and their pairs: --allow-missing."
+        ) from error
     print(f"\n{time.perf_counter() - started:.1f} s")
     # By what they are for: the tested photos and those that heads are fitted on are often of one source.
     parts = {"tested": test, "fitted on": fit}
@@ -178,6 +186,23 @@ def _framed(part: _Listed, embedder: "Embedder") -> _Listed:
     return dataclasses.replace(part, photos=crops.framed_for(part.photos, embedder.preprocess))
 
 
+def _decodable(part: _Listed, options: Options) -> _Listed:
+    """Without the photos that do not decode, which are named."""
+    import numpy as np
+
+    from faceembed.data import pairs as pair_lists
+    from faceembed.data import pipeline, sources
+
+    photos, pairs = part.photos, part.pairs
+    asked = photos if pairs is None else sources.select(photos, pair_lists.used(pairs, photos))
+    bad = pipeline.undecodable(asked, progress=options.progress)
+    if not bad:
+        return part
+    print(f"{len(bad)} photos of {photos.source} do not decode, and are left out:{pipeline.listed(list(bad.values()))}")
+    photos = sources.select(photos, ~np.isin(photos.keys, list(bad)))
+    return _Listed(photos, None if pairs is None else pair_lists.present(pairs, photos, allow_missing=True))
+
+
 def _tell(test: _Listed, fit: _Listed | None, options: Options) -> None:
     """What is odd about the photos, and a framing that suits none of them."""
     from faceembed.data import sources
@@ -219,7 +244,9 @@ def _pairs(
     warnings = list(results.warnings)
     if sum(test.pairs.lost):
         genuine, impostor = test.pairs.lost
-        warnings.append(f"{genuine} genuine and {impostor} impostor pairs were left out: photos of theirs are missing.")
+        warnings.append(
+            f"{genuine} genuine and {impostor} impostor pairs were left out: photos of theirs are missing or broken."
+        )
     if not test.photos.named and options.pairs.startswith(("bin:", "csv:")):
         warnings.append(
             "the list names no people: nobody could check that none was trained on. A csv's columns person_a and person_b "

@@ -213,7 +213,7 @@ def present(pairs: Pairs, photos: Photos, *, allow_missing: bool) -> Pairs:
         key_b=pairs.key_b[kept],
         same=pairs.same[kept],
         fold=None if pairs.fold is None else pairs.fold[kept],
-        lost=(int((pairs.same & ~kept).sum()), int((~pairs.same & ~kept).sum())),
+        lost=(pairs.lost[0] + int((pairs.same & ~kept).sum()), pairs.lost[1] + int((~pairs.same & ~kept).sum())),
     )
 
 

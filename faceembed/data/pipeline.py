@@ -18,6 +18,10 @@ from faceembed.data import sampling, sources
 from faceembed.preprocess import crop_side, crop_square
 
 
+class Undecodable(ValueError):
+    """More photos than are allowed do not decode; the message names them."""
+
+
 class StandIns:
     """Photos that do not decode, and which others are shown in their place.
 
@@ -59,7 +63,7 @@ class StandIns:
           step: the batch that they were needed for, from 0.
 
         Raises:
-          ValueError: they are too many; all are named.
+          Undecodable: they are too many; all are named.
         """
         with self._lock:
             self._untold |= why.keys() - self._why.keys()
@@ -73,7 +77,7 @@ class StandIns:
             text or f"{self._photos.keys[index]}: failed under an earlier command" for index, text in found.items()
         ]
         allowed = f", more than --skip-bad-photos {self._limit}" if self._limit else ""
-        raise ValueError(
+        raise Undecodable(
             f"{len(lines)} of {len(self._photos)} photos of {self._photos.source} do not decode{allowed}:{listed(lines)}"
         )
 
@@ -184,7 +188,7 @@ def decode_all(
       uint8 RGB [n, s, s, 3], s = crop_side(size, margin).
 
     Raises:
-      ValueError: naming the photos that do not decode, if they are more than `stand_ins` allows.
+      Undecodable: naming the photos that do not decode, if they are more than `stand_ins` allows.
     """
     side = crop_side(size, margin)
     crops = np.zeros((len(photos), side, side, 3), np.uint8)

@@ -262,8 +262,12 @@ def train(
                     stopping = stop.should_stop(number)
                     if profile and profile[0] <= number <= profile[1] and (stopping or number == profile[1]):
                         jax.block_until_ready(state)
-                        jax.profiler.stop_trace()
-                        tqdm.write(f"profile of updates {profile[0]} to {number}: {run / 'profile'}")
+                        updates = f"profile of updates {profile[0]} to {number}"
+                        try:
+                            jax.profiler.stop_trace()
+                            tqdm.write(f"{updates}: {run / 'profile'}")
+                        except RuntimeError as error:  # a full disk, as a rule: the training is worth more
+                            tqdm.write(f"{updates}: not written, and the training goes on: {error}")
                     save = number % experiment.checkpoint.every == 0 or number == experiment.steps
                     # A save ends a row of the log, so that a run that goes on from it writes the rows it would have
                     # written.

@@ -896,12 +896,14 @@ def _cuts(impostor: _Impostor, draws: _Draws, fmrs: Sequence[float] | Floats) ->
         full = (total[1:] <= allowed).sum(axis=0)  # blocks that may be accepted whole
         if (full == len(total) - 1).any():
             return None
-        for d, (at, k) in enumerate(zip(full.tolist(), allowed.tolist(), strict=True)):
-            w = draws.by_draw[d]
+        # Draws that end in the same block are counted up together.
+        for at in np.unique(full):
+            which = np.flatnonzero(full == at)
             part = slice(at * block, (at + 1) * block)
-            running = np.cumsum(w[impostor.a[part]].astype(np.int64) * w[impostor.b[part]])
-            over = int(np.searchsorted(running, k - int(total[at, d]), side="right"))
-            cuts[f, d] = impostor.score[part.start + over]
+            a, b = (draws.by_person[np.ix_(side[part], which)] for side in (impostor.a, impostor.b))
+            running = np.cumsum(np.multiply(a, b, dtype=np.int64), axis=0)
+            over = (running <= allowed[which] - total[at, which]).sum(axis=0)
+            cuts[f, which] = impostor.score[part.start + over]
     return cuts
 
 
