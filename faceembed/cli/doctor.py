@@ -44,6 +44,7 @@ def run(arguments: list[str]) -> None:
         print(f"  {name:{width}}  {version or 'MISSING'}")
     print(f"devices: {found['devices']} × {found['device_kind']} ({found['platform']})")
     print(f"mesh: data {found['mesh']['data']} × model {found['mesh']['model']}; checked by a sum over it")
+    print(f"processes: {found['processes']}")
     print(
         f"data: {found['data_dir']} ({found['free_gb']:.0f} GB free), prepared: {', '.join(found['prepared']) or 'none'}"
     )
@@ -65,6 +66,7 @@ def examine() -> dict[str, Any]:
     import jax.numpy as jnp
 
     from faceembed import mesh as meshes
+    from faceembed import processes
     from faceembed.data import sources
 
     versions = {name: _version(name) for name in (*PACKAGES, *EXTRAS)}
@@ -75,6 +77,15 @@ def examine() -> dict[str, Any]:
     advice = []
     if total != 8 * count:
         advice.append(f"a sum over all devices gave {total} instead of {8 * count}: do not train on this machine.")
+    try:
+        place = processes.placed()
+        alone = "one, which trains on the devices above alone"
+        others = (
+            f"this is {place}, by {place.told_by}; train joins them at {place.host}:{place.port}" if place else alone
+        )
+    except ValueError as error:
+        others = "several, it seems, and the start of one would fail"
+        advice.append(str(error))
     for name, extra in EXTRAS.items():
         if versions[name] is None:
             advice.append(f"{name} is missing: pip install -e '.[{extra}]'")
@@ -98,6 +109,7 @@ def examine() -> dict[str, Any]:
         "devices": len(jax.devices()),
         "device_kind": jax.devices()[0].device_kind,
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
+        "processes": others,
         "data_dir": str(data_dir),
         "free_gb": shutil.disk_usage(existing).free / 1e9,
         "prepared": prepared,
