@@ -539,19 +539,60 @@ def test_a_run_saves_divided_rows_goes_on_with_other_devices_and_evaluation_neve
         np.testing.assert_allclose(kernel, final[name], rtol=1e-3, atol=1e-3 * np.abs(final[name]).max())
 
 
-def test_the_experiment_trains_its_losses_and_does_not_train_them_again(tmp_path, monkeypatch, noise_photos, capsys):
+def test_the_experiment_trains_its_losses_measures_strangers_and_does_not_train_again(
+    tmp_path, monkeypatch, noise_photos, capsys
+):
     from experiments import margin_softmax as experiment
+    from faceembed import evaluate
+    from faceembed.data import pairs
 
     monkeypatch.setattr(loop, "open_data", lambda *_, **__: noise_photos)
     monkeypatch.setattr(loop, "make_views", lambda _: lambda step, slot, images: images[:, :16, :16] / 127.5 - 1.0)
+    monkeypatch.setattr(pairs, "load_people", lambda spec: {"all:lfw:dev_test": noise_photos}[spec])
     monkeypatch.setattr(experiment, "_BASE", EXPERIMENT)
     monkeypatch.setattr(experiment, "LOSSES", {"arcface": experiment.LOSSES["arcface_gentle"]})
+    monkeypatch.setattr(experiment, "REFERENCE", "arcface")
     monkeypatch.setattr(sys, "argv", ["margin_softmax", "--seeds", "3", "--steps", "2", "--runs", str(tmp_path)])
     experiment.main()
-    printed = capsys.readouterr().out
-    table = printed[printed.rindex("run ") :]
-    assert table.splitlines()[0].split() == ["run", "AUC", "low", "high", "loss", "effective", "rank"]
-    assert "arcface-3" in table
+    ((row,), printed) = json.loads((tmp_path / "results.json").read_text())["rows"], capsys.readouterr().out
+    emb, _ = evaluate.embed_photos(embed.load(tmp_path / "arcface-3"), noise_photos, progress=False)
+    assert row["AUC"] == [experiment.measure(emb, noise_photos.identity).auc]
+    table = printed[printed.rindex("loss ") :]
+    assert f"{100 * row['AUC'][0]:.2f} %" in table
+
     monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("it is trained already"))
     experiment.main()
     assert capsys.readouterr().out.strip() == table.strip()
+    monkeypatch.setattr(sys, "argv", ["margin_softmax", "--seeds", "3", "--steps", "4", "--runs", str(tmp_path)])
+    with pytest.raises(ValueError, match="arcface-3.*another experiment.*another --runs"):
+        experiment.main()
+
+
+def test_the_experiment_holds_each_loss_against_triplets_of_the_same_seeds():
+    from experiments import margin_softmax as experiment
+
+    auc = {("triplet", 0): 0.80, ("triplet", 1): 0.84, ("triplet", 2): 0.5, ("cosface", 1): 0.83, ("cosface", 0): 0.78,
+           ("arcface", 0): 0.7}  # fmt: skip
+    found = {
+        run: {
+            "auc": value,
+            "tar": value / 2,
+            "influence": [0.01 * (run[0] == "cosface"), 0.0],
+            "loss": 1.0,
+            "effective_rank": 2.0,
+        }
+        for run, value in auc.items()
+    }
+    triplet, cosface, arcface = experiment.summary(found)
+    assert (triplet["loss"], triplet["AUC"]) == ("triplet", [0.80, 0.84, 0.5])
+    assert cosface["seeds"] == [1, 0]
+    # Means of -0.01 and -0.02; Student's t of one degree of freedom; and a variance of 0.01² over people.
+    half = 12.7062 * np.sqrt(0.005**2)
+    assert cosface["difference"]["value"] == pytest.approx(-0.015)
+    np.testing.assert_allclose(cosface["difference"]["seeds"], (-0.015 - half, -0.015 + half), rtol=1e-4)
+    half = 12.7062 * np.hypot(0.005, 0.01)
+    np.testing.assert_allclose(cosface["difference"]["people"], (-0.015 - half, -0.015 + half), rtol=1e-4)
+    assert cosface["difference of the TAR"]["value"] == pytest.approx(-0.0075)
+    assert cosface["difference of the TAR"]["people"] is None
+    assert "difference" not in arcface  # one seed tells nothing of others
+    assert "-1.50 [" in experiment.table([triplet, cosface, arcface])
