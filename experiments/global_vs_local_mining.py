@@ -114,14 +114,23 @@ def finished(path: Path, run: Run) -> dict[str, Any] | None:
     if not path.exists():
         return None
     found = json.loads(path.read_text())
-    there, here = (dict(_leaves({name: of.get(name) for name in settings(run)})) for of in (found, settings(run)))
-    other = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    require_same(path, {name: found.get(name) for name in settings(run)}, settings(run))
+    return found
+
+
+def require_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuses a finished run of other settings.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    of = [dict(_leaves(dict(settings))) for settings in (there, here)]
+    other = [name for name in sorted({*of[0], *of[1]}) if of[0].get(name) != of[1].get(name)]
     if other:
-        lines = [f"{name}: {there.get(name)!r} there, {here.get(name)!r} now" for name in other[:5]]
+        lines = [f"{name}: {of[0].get(name)!r} there, {of[1].get(name)!r} now" for name in other[:5]]
         lines += [f"and {len(other) - 5} more"] if len(other) > 5 else []
         told = "".join(f"\n  {line}" for line in lines)
         raise ValueError(f"{path} is of a run with other settings:{told}\nMove it away, or give another --runs.")
-    return found
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -101,7 +101,7 @@ def test_doctor_looks_at_devices_and_says_what_is_missing(tmp_path, monkeypatch)
     assert found["mesh"] == {"data": 8, "model": 1}
     assert found["prepared"] == []
     assert "data prepare lfw" in done.stdout
-    assert "processes: one, which trains on the devices above alone" in done.stdout
+    assert "processes: no launcher has started others" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,8 @@ def test_doctor_looks_at_devices_and_says_what_is_missing(tmp_path, monkeypatch)
     [
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "node[3-4]"},
          "processes: this is process 1 of 2, by Slurm; train joins them at node3:"),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "- Open MPI does not say the rest: add --coordinator"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+         "- of train: Open MPI does not say the rest: add --coordinator"),
     ],
 )  # fmt: skip
 def test_doctor_tells_what_a_launcher_says_of_other_processes(monkeypatch, capsys, variables, told):

@@ -46,6 +46,16 @@ def test_auc_and_influence_are_those_of_loops_over_weighted_people():
     np.testing.assert_allclose(found.influence, slopes, atol=1e-8)
 
 
+def test_ranks_are_of_float64(monkeypatch):
+    """Newer SciPy ranks float32 in float32, where ranks beyond 2²³ and their halves are rounded."""
+    seen, rankdata = [], experiment.rankdata
+    monkeypatch.setattr(experiment, "rankdata", lambda x: seen.append(x.dtype) or rankdata(x))
+    emb, identity = photos()
+    assert emb.dtype == np.float32
+    experiment.measure(emb, identity)
+    assert set(seen) == {np.dtype(np.float64)}
+
+
 def test_tar_weights_people_alike_at_a_threshold_that_one_impostor_pair_in_a_hundred_reaches():
     emb, identity = photos(1, 30)
     score = emb @ emb.T

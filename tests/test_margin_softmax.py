@@ -548,7 +548,8 @@ def test_the_experiment_trains_its_losses_measures_strangers_and_does_not_train_
 
     monkeypatch.setattr(loop, "open_data", lambda *_, **__: noise_photos)
     monkeypatch.setattr(loop, "make_views", lambda _: lambda step, slot, images: images[:, :16, :16] / 127.5 - 1.0)
-    monkeypatch.setattr(pairs, "load_people", lambda spec: {"all:lfw:dev_test": noise_photos}[spec])
+    people = {"all:lfw:dev_test": noise_photos}
+    monkeypatch.setattr(pairs, "load_people", lambda spec: people[spec])
     monkeypatch.setattr(experiment, "_BASE", EXPERIMENT)
     monkeypatch.setattr(experiment, "LOSSES", {"arcface": experiment.LOSSES["arcface_gentle"]})
     monkeypatch.setattr(experiment, "REFERENCE", "arcface")
@@ -563,8 +564,19 @@ def test_the_experiment_trains_its_losses_measures_strangers_and_does_not_train_
     monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("it is trained already"))
     experiment.main()
     assert capsys.readouterr().out.strip() == table.strip()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "embed_photos", lambda *_, **__: pytest.fail("they are embedded already"))
+        experiment.main()
+        assert capsys.readouterr().out.strip() == table.strip()
+    # Other photos of LFW are measured anew.
+    couples = np.arange(480) // 8
+    people["all:lfw:dev_test"] = dataclasses.replace(noise_photos, identity=couples, fingerprint="other")
+    experiment.main()
+    (other,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert other["AUC"] == [experiment.measure(emb, couples).auc]
+
     monkeypatch.setattr(sys, "argv", ["margin_softmax", "--seeds", "3", "--steps", "4", "--runs", str(tmp_path)])
-    with pytest.raises(ValueError, match="arcface-3.*another experiment.*another --runs"):
+    with pytest.raises(ValueError, match="(?s)arcface-3.*other settings:.*steps: 2 there, 4 now.*another --runs"):
         experiment.main()
 
 
@@ -573,11 +585,13 @@ def test_the_experiment_holds_each_loss_against_triplets_of_the_same_seeds():
 
     auc = {("triplet", 0): 0.80, ("triplet", 1): 0.84, ("triplet", 2): 0.5, ("cosface", 1): 0.83, ("cosface", 0): 0.78,
            ("arcface", 0): 0.7}  # fmt: skip
+    # What people weigh in both is no part of the difference.
+    influence = {"triplet": [0.3, 0.0], "cosface": [0.31, 0.0], "arcface": [0.0, 0.0]}
     found = {
         run: {
             "auc": value,
             "tar": value / 2,
-            "influence": [0.01 * (run[0] == "cosface"), 0.0],
+            "influence": [run[1] + x for x in influence[run[0]]],
             "loss": 1.0,
             "effective_rank": 2.0,
         }

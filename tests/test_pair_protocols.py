@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from faceembed import evaluate
 from faceembed.data import pairs, sources, splits
 from faceembed.preprocess import Preprocess
 from tests.test_pairs import made_up
@@ -297,37 +298,54 @@ def test_missing_photos_end_verify_unless_they_may_be_missing(album, verify, cap
     (tmp_path / "list.csv").write_text("\n".join([*lines, f"{broken},{album}/p052/1.png,0,1"]) + "\n")
     (tmp_path / "whole.csv").write_text("\n".join([*lines[:-1], f"{broken},{album}/p052/1.png,0,1"]) + "\n")
     with pytest.raises(
-        ValueError, match=r"(?s)1 of \d+ photos .* do not decode:.*broken\.png.*without them.*--allow-missing"
+        ValueError, match=r"(?s)1 photo of .* cannot be decoded:.*broken\.png.*without them.*--allow-missing"
     ):
         verify("--pairs", f"csv:{tmp_path / 'whole.csv'}")
     left = verify("--pairs", f"csv:{tmp_path / 'list.csv'}", "--allow-missing")
     assert left["lost"] == [1, 1]
     assert left["results"]["heads"] == got["results"]["heads"]
     told = capsys.readouterr().out
-    assert f"do not decode, and are left out:\n  {broken}" in told
+    assert f"1 photo of csv:{tmp_path / 'list.csv'} that cannot be decoded, left out:\n  {broken}" in told
     assert "1 genuine and 1 impostor pairs were left out" in told
 
 
-def test_a_broken_photo_is_left_out_of_all_pairs_where_it_may_be(album, verify, capsys, monkeypatch):
-    load_people = pairs.load_people
+def test_broken_photos_are_left_out_of_all_pairs_and_of_those_heads_are_fitted_on(album, verify, capsys, monkeypatch):
+    open_source = sources.open_source
+    whole = open_source(f"folder:{album}", data_dir=album.parent)
+    part = splits.split_of(whole.people)[whole.identity]
+    broken = [str(whole.keys[part == half][at]) for half, at in (("report", 5), ("report", 40), ("calibrate", 3))]
 
-    def with_a_broken_one(spec, **options):
-        photos = load_people(spec, **options)
+    def with_broken_ones(*arguments, **options):
+        photos = open_source(*arguments, **options)
 
         def read(index):
-            if index == 5:
-                raise ValueError(f"{photos.keys[5]} is broken")
+            if photos.keys[index] in broken:
+                raise OSError(f"{photos.keys[index]} is broken")
             return photos.read(index)
 
         return dataclasses.replace(photos, read=read)
 
-    monkeypatch.setattr(pairs, "load_people", with_a_broken_one)
+    monkeypatch.setattr(sources, "open_source", with_broken_ones)
+    monkeypatch.setattr(evaluate, "CHUNK", 10)  # all are named, whatever is embedded together
     asked = ("--pairs", f"all:heldout:folder:{album}", "--heads", "threshold")
-    with pytest.raises(ValueError, match="(?s)do not decode:.*/2.png is broken.*--allow-missing"):
+    with pytest.raises(ValueError, match="cannot be decoded") as error:
         verify(*asked)
-    got = verify(*asked, "--allow-missing")["all_pairs"]
-    assert (got["n_images"], got["n_genuine"]) == (3 * got["n_people"] - 1, 3 * got["n_people"] - 2)
-    assert "1 photos of " in capsys.readouterr().out
+    assert all(f"  {key} is broken" in str(error.value) for key in broken)
+    assert str(error.value).endswith("go on without them and their pairs: --allow-missing.")
+    capsys.readouterr()
+
+    got = verify(*asked, "--allow-missing")
+    people = int((splits.split_of(whole.people) == "report").sum())
+    dense = got["all_pairs"]
+    assert (dense["n_people"], dense["n_images"], dense["n_genuine"]) == (people, 3 * people - 2, 3 * people - 4)
+    assert got["lost"] == [4, 9 * people * (people - 1) // 2 - dense["n_impostor"]]
+    assert got["fit_lost"][0] >= 1
+    told = capsys.readouterr().out
+    assert f"WARNING: 4 genuine and {got['lost'][1]} impostor pairs were left out" in told
+    assert (
+        f"WARNING: {got['fit_lost'][0]} genuine and {got['fit_lost'][1]} impostor pairs that heads are fitted on"
+        in told
+    )
 
 
 @pytest.mark.parametrize(

@@ -79,13 +79,13 @@ def examine() -> dict[str, Any]:
         advice.append(f"a sum over all devices gave {total} instead of {8 * count}: do not train on this machine.")
     try:
         place = processes.placed()
-        alone = "one, which trains on the devices above alone"
+        alone = "no launcher has started others; train --coordinator … names them by hand"
         others = (
             f"this is {place}, by {place.told_by}; train joins them at {place.host}:{place.port}" if place else alone
         )
     except ValueError as error:
-        others = "several, it seems, and the start of one would fail"
-        advice.append(str(error))
+        others = "there are others, and train needs to be told more"
+        advice.append(f"of train: {error}")
     for name, extra in EXTRAS.items():
         if versions[name] is None:
             advice.append(f"{name} is missing: pip install -e '.[{extra}]'")

@@ -71,6 +71,8 @@ class _Listed:
 
     photos: "Photos"
     pairs: "Pairs | None"
+    lost: tuple[int, int] = (0, 0)
+    """Genuine and impostor pairs that were left out, their photos missing or broken."""
 
 
 def run(arguments: list[str]) -> None:
@@ -106,16 +108,20 @@ def run(arguments: list[str]) -> None:
     embedder = embedder or load(options.checkpoint)
     if options.pairs == "lfw:view2":
         _refuse_lfw(embedder)
-    test, fit = _framed(test, embedder), fit and _framed(fit, embedder)
     if options.allow_missing:
         test, fit = _decodable(test, options), fit and _decodable(fit, options)
+    unframed = [part for part in (test, fit) if part]
+    test, fit = _framed(test, embedder), fit and _framed(fit, embedder)
     do = _everyone if everyone else _pairs
     try:
         content, page_of = do(embedder, test, fit, heads, fit_spec, options)
     except pipeline.Undecodable as error:
-        raise ValueError(
-            f"{error}\nBring them back; or go on without them and their pairs: --allow-missing."
-        ) from error
+        if options.allow_missing:
+            raise
+        # The error names those that were to be embedded together; somebody is about to bring all of them back.
+        told = [_told(part.photos, bad) for part in unframed if (bad := _undecodable(part, options))] or [str(error)]
+        hint = "Bring them back; or go on without them and their pairs: --allow-missing."
+        raise ValueError("\n".join([*told, hint])) from error
     print(f"\n{time.perf_counter() - started:.1f} s")
     # By what they are for: the tested photos and those that heads are fitted on are often of one source.
     parts = {"tested": test, "fitted on": fit}
@@ -129,7 +135,8 @@ def run(arguments: list[str]) -> None:
         "fit": fit_spec or "other folds",
         "framing": options.framing,
         "alignment": {name: tally.to_dict() for name, tally in found.items()},
-        "lost": [0, 0] if test.pairs is None else list(test.pairs.lost),
+        "lost": list(test.lost),
+        "fit_lost": list(fit.lost) if fit else [0, 0],
         "trained_on": {name: embedder.data.get(name) for name in ("source", "fingerprint", "people", "photos", "step")},
         **content,
     }
@@ -167,7 +174,7 @@ def _listed(spec: str, split: str, options: Options, embedder: "Embedder | None"
         pairs, photos = pair_lists.load_pairs(spec, allow_missing=options.allow_missing, **shared)
     if options.framing and photos.source.startswith(sources.UNFRAMED):
         photos = sources.framed(photos, options.framing)
-    return _Listed(photos, pairs)
+    return _Listed(photos, pairs, (0, 0) if pairs is None else pairs.lost)
 
 
 def _refuse_lfw(embedder: "Embedder") -> None:
@@ -186,21 +193,53 @@ def _framed(part: _Listed, embedder: "Embedder") -> _Listed:
     return dataclasses.replace(part, photos=crops.framed_for(part.photos, embedder.preprocess))
 
 
+def _undecodable(part: _Listed, options: Options) -> dict[str, str]:
+    """Key → what is wrong, of the photos that are compared and do not decode."""
+    from faceembed.data import pairs as pair_lists
+    from faceembed.data import pipeline, sources
+
+    photos, pairs = part.photos, part.pairs
+    if photos.source == "synthetic":  # nothing to read, and slow to draw
+        return {}
+    asked = photos if pairs is None else sources.select(photos, pair_lists.used(pairs, photos))
+    return pipeline.undecodable(asked, progress=options.progress)
+
+
+def _told(photos: "Photos", bad: dict[str, str], after: str = "") -> str:
+    from faceembed.data import pipeline
+
+    what = "1 photo" if len(bad) == 1 else f"{len(bad):,} photos"
+    return f"{what} of {photos.source} that cannot be decoded{after}:{pipeline.listed(list(bad.values()))}"
+
+
 def _decodable(part: _Listed, options: Options) -> _Listed:
     """Without the photos that do not decode, which are named."""
     import numpy as np
 
     from faceembed.data import pairs as pair_lists
-    from faceembed.data import pipeline, sources
+    from faceembed.data import sources
 
-    photos, pairs = part.photos, part.pairs
-    asked = photos if pairs is None else sources.select(photos, pair_lists.used(pairs, photos))
-    bad = pipeline.undecodable(asked, progress=options.progress)
+    bad = _undecodable(part, options)
     if not bad:
         return part
-    print(f"{len(bad)} photos of {photos.source} do not decode, and are left out:{pipeline.listed(list(bad.values()))}")
-    photos = sources.select(photos, ~np.isin(photos.keys, list(bad)))
-    return _Listed(photos, None if pairs is None else pair_lists.present(pairs, photos, allow_missing=True))
+    print(_told(part.photos, bad, ", left out"))
+    photos = sources.select(part.photos, ~np.isin(part.photos.keys, list(bad)))
+    if part.pairs is not None:
+        pairs = pair_lists.present(part.pairs, photos, allow_missing=True)
+        return _Listed(photos, pairs, pairs.lost)
+    # Of all pairs there is no list.
+    before, after = (pair_lists.number_of_pairs(np.bincount(of.identity)) for of in (part.photos, photos))
+    return _Listed(photos, None, (before[0] - after[0], before[1] - after[1]))
+
+
+def _lost(test: _Listed, fit: _Listed | None) -> list[str]:
+    """Warnings of pairs that were left out."""
+    of = {"": test.lost, "that heads are fitted on ": fit.lost if fit else (0, 0)}
+    return [
+        f"{genuine:,} genuine and {impostor:,} impostor pairs {which}were left out: photos of theirs are missing or broken."
+        for which, (genuine, impostor) in of.items()
+        if genuine or impostor
+    ]
 
 
 def _tell(test: _Listed, fit: _Listed | None, options: Options) -> None:
@@ -242,11 +281,7 @@ def _pairs(
         primary=options.primary, draws=options.draws, refit=options.refit, allow_shared=options.allow_shared, **more,
     )  # fmt: skip
     warnings = list(results.warnings)
-    if sum(test.pairs.lost):
-        genuine, impostor = test.pairs.lost
-        warnings.append(
-            f"{genuine} genuine and {impostor} impostor pairs were left out: photos of theirs are missing or broken."
-        )
+    warnings += _lost(test, fit)
     if not test.photos.named and options.pairs.startswith(("bin:", "csv:")):
         warnings.append(
             "the list names no people: nobody could check that none was trained on. A csv's columns person_a and person_b "
@@ -309,7 +344,7 @@ def _everyone(
         embedder, test.photos, fitted, thresholds=evaluate.thresholds_of(own), draws=options.draws,
         progress=options.progress, **fars,
     )  # fmt: skip
-    warnings = list(evaluate.trained_on(embedder, test.photos.people))
+    warnings = [*evaluate.trained_on(embedder, test.photos.people), *_lost(test, fit)]
     both = sorted(set(map(str, used.people)) & set(map(str, test.photos.people)))
     if both and used.source == test.photos.source:
         leak = f"{len(both)} tested people are among those the heads were fitted on, such as {both[0]}"

@@ -167,7 +167,7 @@ def _lfw_people(view: str, data_dir: Path, allow_missing: bool) -> Photos:
     chosen = sources.select(photos, np.isin(photos.people, names)[photos.identity])
     if not missing:
         return chosen
-    listed, kept = _number_of_pairs(counts), _number_of_pairs(there)
+    listed, kept = number_of_pairs(counts), number_of_pairs(there)
     lost = sources.Problem(
         path=f"{path}: {missing[0]}",
         reason=f"people with photos missing: {len(missing):,} people, and {listed[0] - kept[0]:,} genuine and "
@@ -176,7 +176,7 @@ def _lfw_people(view: str, data_dir: Path, allow_missing: bool) -> Photos:
     return dataclasses.replace(chosen, problems=(*chosen.problems, lost))
 
 
-def _number_of_pairs(counts: np.ndarray) -> tuple[int, int]:
+def number_of_pairs(counts: np.ndarray) -> tuple[int, int]:
     """Genuine and impostor pairs of people with so many photos each."""
     n = counts.astype(np.int64)
     genuine = int((n * (n - 1) // 2).sum())

@@ -55,6 +55,8 @@ SLACK = 1.5
 """How many times as many impostor pairs are kept as the largest target FMR accepts: draws need more, or fewer."""
 BLOCK = 512
 """Impostor pairs whose weights are summed at once, for all draws: 2 × 512 × 1,000 bytes stay in the cache."""
+TOGETHER = 1 << 20
+"""Weights of impostor pairs that are counted up at once: 8 MB."""
 BAND_POINTS = 30
 CURVE_POINTS = 250
 """Points of a curve along each axis: as many spread over log FMR as over TAR."""
@@ -896,14 +898,15 @@ def _cuts(impostor: _Impostor, draws: _Draws, fmrs: Sequence[float] | Floats) ->
         full = (total[1:] <= allowed).sum(axis=0)  # blocks that may be accepted whole
         if (full == len(total) - 1).any():
             return None
-        # Draws that end in the same block are counted up together.
+        # Draws that end in the same block are counted up together, but never so many that they take much memory.
         for at in np.unique(full):
-            which = np.flatnonzero(full == at)
             part = slice(at * block, (at + 1) * block)
-            a, b = (draws.by_person[np.ix_(side[part], which)] for side in (impostor.a, impostor.b))
-            running = np.cumsum(np.multiply(a, b, dtype=np.int64), axis=0)
-            over = (running <= allowed[which] - total[at, which]).sum(axis=0)
-            cuts[f, which] = impostor.score[part.start + over]
+            ending = np.flatnonzero(full == at)
+            for which in np.array_split(ending, math.ceil(len(ending) * block / TOGETHER)):
+                a, b = (draws.by_draw[np.ix_(which, side[part])] for side in (impostor.a, impostor.b))
+                running = np.cumsum(np.multiply(a, b, dtype=np.int64), axis=1)
+                over = (running <= (allowed[which] - total[at, which])[:, None]).sum(axis=1)
+                cuts[f, which] = impostor.score[part.start + over]
     return cuts
 
 
