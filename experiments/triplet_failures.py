@@ -59,7 +59,7 @@ def curves(rows: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
         plots.lines(
             [line(run, "d_ap_mean", "d(A,P)"), line(run, "d_an_mean", "d(A,N)")],
             title=f"{run.capitalize()}: mean squared distances", x_label="step", y_label="squared distance",
-            y_range=(0, 2.6),
+            y_range=(0, 3),
         )
         for run in rows
     ]  # fmt: skip
