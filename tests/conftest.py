@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, settled before anything imports JAX, and where the real photographs are."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -45,6 +46,9 @@ def compiled(tmp_path_factory) -> None:
     os.environ["FACEEMBED_TEST_CACHE"] = str(tmp_path_factory.mktemp("xla"))
 
 
+# Collecting garbage looks through all that JAX keeps of programs: a tenth of the time, at Python's own thresholds.
+gc.set_threshold(200_000, 50, 100)
+
 # Files whose tests start processes or compile most, the longest first: begun last, one of them would end the suite alone.
 LONG = (
     "multihost",
@@ -74,20 +78,32 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def faces(tmp_path_factory) -> tuple[str, ...]:
-    """The flags of `train` for a folder with 120 of quickstart's people and four photos of each: to render them takes a
-    tiny training a third of its time."""
+def pictures() -> np.ndarray:
+    """uint8 [120, 4, 36, 36, 3], four photos of each of quickstart's first 120 people. Drawn once: that takes seconds, and
+    another size seconds more."""
+    from faceembed.data import synthetic
+
+    return synthetic.render_all(0, 120, 4, 36).reshape(120, 4, 36, 36, 3)
+
+
+def save_photos(folder: Path, pictures: np.ndarray, name: str = "synthetic_s0_{:06d}/{:04d}.png", **options) -> Path:
+    """Writes [people, photos, height, width, 3] into files of a folder, named by person and photo."""
     from PIL import Image
 
-    from faceembed.data import sources
-
-    folder = tmp_path_factory.mktemp("faces")
-    photos = sources.open_source("synthetic", people=120, photos=4, seed=0, size=36)
-    for index, key in enumerate(photos.keys):
-        path = folder / "photos" / f"{key}.png"
+    for person, photo in np.ndindex(pictures.shape[:2]):
+        path = folder / name.format(person, photo)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(photos.read(index)).save(path)
-    return "--data.source", f"folder:{folder / 'photos'}", "--data.data-dir", str(folder / "data")
+        Image.fromarray(pictures[person, photo]).save(path, **options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory, pictures) -> tuple[str, ...]:
+    """The flags of `train` for `pictures` in a folder, with the names that the synthetic source gives them: to draw them
+    takes a tiny training a third of its time."""
+    folder = tmp_path_factory.mktemp("faces")
+    photos = save_photos(folder / "photos", pictures)
+    return "--data.source", f"folder:{photos}", "--data.data-dir", str(folder / "data")
 
 
 @pytest.fixture(scope="session")

@@ -17,13 +17,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from experiments import chaos
 from faceembed import checkpoint, config
 from faceembed import mesh as meshes
-from faceembed.data import splits, synthetic
+from faceembed.data import splits
 from faceembed.training import interrupts, loop
+from tests.conftest import save_photos
 
 STEPS = 60
 
@@ -294,18 +294,14 @@ def test_a_truncated_newest_checkpoint_is_told_kept_and_passed_over(lab, tmp_pat
 # ---- a photo that stops decoding ---------------------------------------------------------------------------------------
 
 
-def album(root):
+def album(root, pictures):
     """120 people with three photos each, as files."""
-    person, photo = np.divmod(np.arange(360), 3)
-    for who, which, pixels in zip(person, photo, synthetic.render(1, person, photo, size=24), strict=True):
-        (root / f"p{who:03d}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(root / f"p{who:03d}" / f"{which}.jpg", quality=95)
-    return root
+    return save_photos(root, pictures[:, :3], "p{:03d}/{}.jpg", quality=95)
 
 
 @pytest.mark.parametrize("limit", [10, pytest.param(1, marks=pytest.mark.slow)])
-def test_photos_that_break_during_a_run_are_named_counted_and_replaced_up_to_a_limit(lab, tmp_path, limit):
-    photos, run = album(tmp_path / "photos"), tmp_path / "run"
+def test_photos_that_break_during_a_run_are_named_counted_and_replaced_up_to_a_limit(lab, tmp_path, pictures, limit):
+    photos, run = album(tmp_path / "photos", pictures), tmp_path / "run"
     process, log = lab.start(
         run, "--data.source", f"folder:{photos}", "--data.data-dir", str(tmp_path / "data"), "--data.memory-gb", "0",
         "--skip-bad-photos", str(limit),

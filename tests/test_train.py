@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from faceembed import checkpoint
-from tests.conftest import xla_flags
+from tests.conftest import save_photos, xla_flags
 
 ROOT = Path(__file__).parents[1]
 STEPS = 16
@@ -254,6 +254,7 @@ def test_a_failed_start_leaves_the_run_directory_free(tmp_path):
     assert not (run / "config.json").exists()
 
 
+@pytest.mark.slow  # tests/test_reliability.py does it in one process, on 8, 4 and 1
 def test_eight_devices_save_and_one_goes_on(whole, tmp_path):
     run = tmp_path / "elastic"
     process = start(run, "--shard-optimizer", devices=8)
@@ -298,16 +299,9 @@ def test_a_run_that_started_from_another_goes_on_after_that_one_is_gone(whole, t
     assert json.loads((run / "results.json").read_text())["results"] == expected
 
 
-def test_a_folder_of_photos_is_trained_on_whatever_lies_in_it(tmp_path):
+def test_a_folder_of_photos_is_trained_on_whatever_lies_in_it(tmp_path, pictures):
     """From files through grain, with the other losses' and optimizers' path; a broken file is named and left out."""
-    from PIL import Image
-
-    from faceembed.data import synthetic
-
-    person, photo = np.divmod(np.arange(360), 3)
-    for who, which, pixels in zip(person, photo, synthetic.render(1, person, photo, size=48), strict=True):
-        (tmp_path / "photos" / f"p{who}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"p{who}" / f"{which}.png")
+    save_photos(tmp_path / "photos", pictures[:, :3], "p{}/{}.png")
     broken = tmp_path / "photos" / "p7" / "1.png"
     broken.write_bytes(broken.read_bytes()[:500])
     more = ("--data.source", f"folder:{tmp_path / 'photos'}", "--data.data-dir", str(tmp_path / "data"))
@@ -333,17 +327,15 @@ def test_of_select_people_only_the_photos_in_pairs_are_kept_in_memory(noise_phot
         np.testing.assert_array_equal(select.crops[rows], expected)
 
 
-def insightfaces(folder):
+def insightfaces(folder, pictures):
     """A .rec of 120 people with three photos each."""
     import io
 
     from PIL import Image
     from recordio_writer import write_set
 
-    from faceembed.data import synthetic
-
-    people, photos = [], synthetic.render_all(1, 120, 3, 32).reshape(120, 3, 32, 32, 3)
-    for person in photos:
+    people = []
+    for person in pictures[:, :3]:
         files = [io.BytesIO() for _ in person]
         for file, pixels in zip(files, person, strict=True):
             Image.fromarray(pixels).save(file, "JPEG", quality=90)
@@ -352,12 +344,12 @@ def insightfaces(folder):
 
 
 @pytest.mark.slow
-def test_insightfaces_rec_is_trained_on_as_it_is(tmp_path):
+def test_insightfaces_rec_is_trained_on_as_it_is(tmp_path, pictures):
     """Read as it is used, never whole; and the set that it is converted to has the same people in the same halves."""
     from faceembed.data import builders, sources, splits
 
-    rec = insightfaces(tmp_path)
-    (tmp_path / "set" / "property").write_text("120,32,32\n")
+    rec = insightfaces(tmp_path, pictures)
+    (tmp_path / "set" / "property").write_text("120,36,36\n")
     more = ("--data.source", f"insightface:{rec}", "--data.data-dir", str(tmp_path / "data"), "--data.memory-gb", "0")
     printed = finish(start(tmp_path / "run", *more, "--preprocess.template", "arcface", "--steps", "4"))
     assert "verification of" in printed
@@ -372,12 +364,12 @@ def test_insightfaces_rec_is_trained_on_as_it_is(tmp_path):
     np.testing.assert_array_equal(splits.split_of(here.people), splits.split_of(there.people))
 
 
-def test_photos_of_held_out_people_that_do_not_decode_are_named_and_left_out_of_what_is_compared(tmp_path):
+def test_photos_of_held_out_people_that_do_not_decode_are_named_and_left_out_of_what_is_compared(tmp_path, pictures):
     """The file's records are spoilt in place: of a set of another size all people would be others."""
     from faceembed import evaluate
     from faceembed.data import recordio, sources
 
-    rec = insightfaces(tmp_path)
+    rec = insightfaces(tmp_path, pictures)
     source, data_dir = f"insightface:{rec}", tmp_path / "data"
     people_of = evaluate.split_photos(sources.open_source(source, data_dir=data_dir, progress=False))
     spoilt = {part: str(photos.keys[4]) for part, photos in people_of.items()}
@@ -485,7 +477,7 @@ def test_loading_what_is_no_checkpoint(tmp_path, path, message):
         fe.load(tmp_path / path)
 
 
-def test_verify_and_embed_by_command(whole, tmp_path):
+def test_verify_and_embed_by_command(whole, tmp_path, pictures):
     def launch(*arguments):
         done = subprocess.run(
             [sys.executable, "launch.py", *arguments], cwd=ROOT, env=environment(), text=True, capture_output=True
@@ -493,15 +485,7 @@ def test_verify_and_embed_by_command(whole, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    from PIL import Image
-
-    from faceembed.data import synthetic
-
-    person, photo = np.divmod(np.arange(24), 3)
-    for who, which, pixels in zip(person, photo, synthetic.render(5, person, photo, size=48), strict=True):
-        folder = tmp_path / "photos" / f"person{who}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / f"{which}.png")
+    save_photos(tmp_path / "photos", pictures[:8, :3], "person{}/{}.png")
     out = tmp_path / "faces.npz"
     data_dir = ("--data-dir", str(tmp_path / "data"))
     told = launch(
@@ -550,17 +534,15 @@ def test_verify_warns_of_training_people(whole, embedder):
     assert known == photos.people[part == "train"].tolist()
 
 
-def test_the_readmes_script_runs_as_written(whole, tmp_path):
+def test_the_readmes_script_runs_as_written(whole, tmp_path, pictures):
     from PIL import Image
-
-    from faceembed.data import synthetic
 
     text = (ROOT / "README.md").read_text()
     script = text.split("## Use a checkpoint")[1].split("```python\n")[1].split("```")[0]
     assert len([line for line in script.splitlines() if line]) <= 10
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "celeba").symlink_to(whole[0])
-    for name, pixels in zip(("one.jpg", "other.jpg"), synthetic.render(2, [0, 0], [0, 1], size=50), strict=True):
+    for name, pixels in zip(("one.jpg", "other.jpg"), pictures[5, :2], strict=True):
         Image.fromarray(pixels).save(tmp_path / name)
     done = subprocess.run(
         [sys.executable, "-c", script],
