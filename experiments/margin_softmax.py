@@ -71,7 +71,9 @@ def finished(folder: Path, experiment: config.Experiment) -> bool:
     if not (folder / "results.json").exists():
         return False
     path = folder / "config.json"
-    require_same(path, json.loads(path.read_text()), json.loads(config.to_json(experiment)))
+    # Fields that a run is older than have their defaults, as when a run goes on.
+    there, here = (json.loads(config.to_json(of)) for of in (config.from_json(path.read_text()), experiment))
+    require_same(path, there, here)
     return True
 
 

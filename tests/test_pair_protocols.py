@@ -126,6 +126,9 @@ def test_pairs_of_missing_photos_are_named_or_dropped_and_counted():
     assert kept.fold.tolist() == [0, 1, 2]
     assert kept.key_b.tolist() == ["p0000/001", "p0002/001", "p0002/000"]
     assert pairs.present(kept, photos, allow_missing=False) is kept
+    # Of a list that has lost some already, all are counted.
+    fewer = sources.select(photos, photos.keys != "p0002/001")
+    assert pairs.present(kept, fewer, allow_missing=True).lost == (2, 1)
     assert pairs.used(kept, photos).tolist() == [True, True, False, True, True, True]
     with pytest.raises(ValueError, match="of 2 pairs 1 have both photos"):
         pairs.present(pairs.Pairs(key_a=listed.key_a[2:4], key_b=listed.key_b[2:4], same=listed.same[2:4]), photos,

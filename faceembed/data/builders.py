@@ -243,7 +243,8 @@ def _workshop(data_dir: Path, name: str) -> Iterator[Path]:
             unlocked.rename(workshop)
             yield workshop
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        for folder in (workshop, unlocked):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_identities(path: Path) -> dict[str, str]:
